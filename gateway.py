@@ -1,0 +1,1805 @@
+#!/usr/bin/env python3
+"""Zero-Trust LLM Gateway: TLS, API keys and an audit log in front of any Ollama server.
+
+Run it:   python3 gateway.py            (nothing to configure; --demo where there is no Ollama)
+Use it:   curl --cacert cert.pem https://localhost:8443/api/tags -H "X-Api-Key: YOUR-KEY"
+
+A request without a valid key is answered 403 and goes no further.  With one, the client sees the
+upstream's own answer, piece by piece as it arrives.  Either way gateway.log grows by one JSON line:
+
+    timestamp        when the request began, RFC 3339, UTC
+    key              the key's name, or sha256: and 8 hex digits of its digest; null without a valid key
+    path             the request's path, without its query
+    prompt_tokens    as counted by the upstream; null when it did not say
+    response_tokens  likewise
+    status           what the client was answered; 499 when it left first, 502 when the upstream broke off
+    method, model, client (address), duration_ms
+
+It does not protect against: a stolen key (revoke it in keys.txt; a second later it is void), what a
+key's holder asks of the model (prompts are neither read nor limited), somebody who reaches the
+upstream's own port, or a client that skips the certificate check.
+
+Reading map, from top to bottom, each part using only what stands above it:
+Settings - API keys - Certificates - HTTP rules - Token counts - Audit log - Wires (non-blocking
+sockets) - Forwarding (to the upstream) - Handler (a request's way through all of that) - Server
+(connections, threads, drain) - Demo - Command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import errno
+import functools
+import hashlib
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import math
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import ssl
+import string
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta, timezone
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Callable, Final, Generic, NamedTuple, NoReturn, Optional, TypeVar
+
+__version__ = "1.0.0"
+
+# --- Settings ---
+
+# Bounds that nobody should have to set, with their precedents.
+MAX_HEAD: Final = 32 * 1024  # bytes of a message head: nginx takes 4 x 8 KiB, Node.js 16 KiB
+MAX_TARGET: Final = 8 * 1024  # bytes of a request target: RFC 9112, 3 asks for 8000, nginx takes 8 KiB
+MAX_FIELDS: Final = 100  # fields in a head: as http.client and Apache
+MAX_CHUNK_LINE: Final = 1024  # bytes of a chunk's size and extensions
+MAX_INTERIM: Final = 8  # 1xx answers before the final one
+MAX_KEPT_LINES: Final = 10_000  # audit lines in memory while the log cannot be written, about 3 MB
+READ_SIZE: Final = 64 * 1024  # bytes a read; more than a TLS record holds, see Wire.receive
+READ_AHEAD: Final = 64 * 1024  # bytes of pipelined requests held while one is being answered
+MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that renew --body-timeout
+CONNECT_TIMEOUT: Final = 5.0  # seconds to reach the upstream
+POOL_SIZE: Final = 64  # idle upstream connections
+POOL_SECONDS: Final = 4.0  # for which they are kept: uvicorn and llama.cpp close theirs after 5
+LINGER: Final = 2.0  # seconds in which a refused client may finish sending and read why
+TICK: Final = 0.25  # seconds between two looks at keys, certificate, pool
+
+
+class OperatorError(Exception):
+    """Something that the person who runs the gateway can mend; the text says what and how."""
+
+    exit_status = 2
+
+
+class Upstream(NamedTuple):
+    """Where requests go: http(s)://authority/prefix."""
+
+    tls: bool
+    host: str
+    port: int
+    authority: str  # host[:port], as in the URL
+    prefix: str  # goes before every target; "" or "/like/this"
+
+
+class Settings(NamedTuple):
+    """What flags and environment variables decide; time-outs in seconds."""
+
+    listen: tuple[str, int]
+    upstream: Upstream
+    keys: str
+    cert: str
+    cert_key: str
+    log: str
+    name: Sequence[str]
+    cors_origin: Sequence[str]
+    max_connections: int
+    handshake_timeout: float
+    header_timeout: float
+    body_timeout: float
+    write_timeout: float
+    idle_timeout: float
+    upstream_timeout: float
+    grace: float
+    demo: bool
+
+
+T = TypeVar("T")
+
+
+class Watched(Generic[T]):
+    """A value made from files, and made anew when their bytes change; errors leave the last good one.
+
+    Bytes, not times: two edits within one tick of a file system's clock would look the same.
+    """
+
+    def __init__(self, load: Callable[[], T], *paths: str) -> None:
+        self._load, self._paths = load, paths
+        self._seen = self._look()
+        self.value = load()
+
+    def refresh(self) -> str | None:
+        """Look at the files again; returns news for the operator, None when nothing changed."""
+        seen = self._look()
+        if seen == self._seen:
+            return None
+        self._seen = seen
+        try:
+            self.value = self._load()
+        except OperatorError as error:
+            return f"{error} (until then the last good version stays in force)"
+        return f"{' and '.join(self._paths)} changed; the new version is in force"
+
+    def _look(self) -> list[str]:
+        return [_digest_or_error(path) for path in self._paths]
+
+
+def _digest_or_error(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        return type(error).__name__
+
+
+def create_file(path: str, content: bytes, mode: int) -> bool:
+    """Make a file, whole or not at all; False, and the file untouched, where there is one already."""
+    temporary = f"{path}.{os.getpid()}.new"
+    try:
+        try:
+            with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
+                file.write(content)
+            os.link(temporary, path)  # which, unlike a rename, never replaces
+            return True
+        finally:
+            os.unlink(temporary)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise OperatorError(
+            f"cannot make {path}: {error.strerror}; start in a directory that you may write to,"
+            " or name other files with --keys, --cert, --cert-key and --log"
+        ) from None
+
+
+# --- API keys ---
+# The key file holds one key a line: the key itself, or sha256: and its digest; then its options.
+# Blank lines and what follows a # are no keys.  Only digests stay in memory, and looking one up takes
+# the same time however much of a key was guessed right.
+
+
+class Key(NamedTuple):
+    """What the key file says of one key, without the key."""
+
+    name: str  # what the audit log calls it
+    expires: date  # the last day on which it works, UTC
+    weak: bool
+
+
+Keys = dict[bytes, Key]  # by SHA-256 digest
+
+KEY_PREFIX: Final = "ztg_"  # by which secret scanners can find a leaked key
+STRONG: Final = 16  # characters; what is shorter can be guessed
+WELL_KNOWN: Final = {"demo-key-0123456789", "replace-me-with-keygen", "your-api-key-here"}
+
+
+def find_key(keys: Keys, presented: Iterable[bytes], today: date) -> Key | None:
+    """The first of the presented keys that is known and not expired."""
+    found = (keys.get(hashlib.sha256(secret).digest()) for secret in presented)
+    return next((key for key in found if key and today <= key.expires), None)
+
+
+def load_keys(path: str) -> Keys:
+    """Read the key file; no file, no keys.  OperatorError names file and line, but never their text."""
+    try:
+        content = Path(path).read_bytes()
+        utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # from `echo demo-key > keys.txt` in PowerShell
+        lines = content.decode("utf-16" if utf16 else "utf-8-sig").split("\n")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise OperatorError(f"cannot read {path}: {getattr(error, 'strerror', 'it is not UTF-8 text')}") from None
+    keys: Keys = {}
+    for number, line in enumerate(lines, 1):
+        words = re.sub(r"(^|\s)#.*", "", line).split()
+        if words:
+            digest, key = _parse_key(words, f"{path}:{number}")
+            if digest in keys:
+                raise OperatorError(f"{path}:{number}: this key is in the file already; delete one of the lines")
+            keys[digest] = key
+    return keys
+
+
+def _parse_key(words: list[str], where: str) -> tuple[bytes, Key]:
+    """One line's words: the key, then name=NAME and expires=YYYY-MM-DD in any order."""
+    secret, options = words[0], dict(word.partition("=")[::2] for word in words[1:])
+    if len(options) < len(words) - 1 or not options.keys() <= {"name", "expires"} or not all(options.values()):
+        raise OperatorError(f"{where}: after the key, only name=... and expires=YYYY-MM-DD may stand, once each")
+    hashed = re.fullmatch("sha256:([0-9a-fA-F]{64})", secret)
+    if secret.startswith("sha256:") and not hashed:
+        raise OperatorError(f"{where}: behind sha256: there must be 64 hexadecimal digits")
+    digest = bytes.fromhex(hashed[1]) if hashed else hashlib.sha256(secret.encode()).digest()
+    expires = options.get("expires", "9999-12-31")
+    try:
+        # The pattern, because newer Pythons' fromisoformat reads more than this one form.
+        day = date.fromisoformat(expires if re.fullmatch(r"\d{4}-\d\d-\d\d", expires, re.A) else "")
+    except ValueError:
+        raise OperatorError(f"{where}: expires= takes a date like 2027-01-31") from None
+    weak = not hashed and (len(secret) < STRONG or secret in WELL_KNOWN)
+    return digest, Key(options.get("name", f"sha256:{digest.hex()[:8]}"), day, weak)
+
+
+def new_key() -> str:
+    """A fresh random key: 43 letters and digits are 256 bits."""
+    return KEY_PREFIX + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(43))
+
+
+# --- Certificates ---
+# One self-signed P-256 pair, of a form that curl, Python 3.13, Go, Node.js and rustls all take for
+# their trust anchor: a subject, addresses as IP names, CA:FALSE, serverAuth, SKI and AKI.
+
+ISSUER: Final = "Zero-Trust LLM Gateway"
+DAYS: Final = 397  # the longest that Apple's platforms accept
+
+
+def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
+    """TLS 1.2 and 1.3, forward-secret AEAD suites; OperatorError where the files are no usable pair."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    context.num_tickets = 1  # is enough to resume a session; the second one costs 15 % of a handshake
+    try:
+        context.load_cert_chain(cert, cert_key, password=lambda: b"")  # never ask on the terminal
+    except OSError as error:  # an SSLError is one
+        reason = getattr(error, "reason", None) or error.strerror
+        raise OperatorError(
+            f"{cert} and {cert_key} are no usable pair ({reason}); put an unencrypted PEM pair there that belongs"
+            " together, or move both away to have a new one made"
+        ) from None
+    return context
+
+
+def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
+    """Make the pair where there is none.  Of two instances at once, one makes it for both."""
+    if not os.path.lexists(cert) and not os.path.lexists(cert_key):
+        pair = make_certificate(["localhost", "127.0.0.1", "::1", socket.gethostname(), *names])
+        if create_file(cert_key, pair[1], 0o600):
+            create_file(cert, pair[0], 0o644)
+    patience = time.monotonic() + 2  # until the other instance has made its second file
+    while os.path.lexists(cert_key) and not os.path.lexists(cert) and time.monotonic() < patience:
+        time.sleep(0.02)
+    for there, missing in ((cert, cert_key), (cert_key, cert)):
+        if not os.path.lexists(missing):
+            raise OperatorError(f"{there} is there, but not {missing}; put it back, or move {there} away")
+
+
+def describe_certificate(cert: str, names: Iterable[str]) -> tuple[str, datetime, list[str]]:
+    """(SHA-256 fingerprint, end of validity, those of the names that it does not cover)."""
+    begin, end = ssl.PEM_HEADER, ssl.PEM_FOOTER
+    try:
+        pem = Path(cert).read_text().partition(begin)[2].partition(end)[0]
+        der = ssl.PEM_cert_to_DER_cert(begin + pem + end)
+        # The validity is the only pair of times in it (RFC 5280, 4.1.2.5).  The standard library has
+        # no public function that reads a certificate which no peer has presented.
+        expiry = re.findall(rb"(?:\x17\r|\x18\x0f)(\d{12}|\d{14})Z", der)[1].decode()
+        until = datetime.strptime(("20" + expiry)[-14:] + "+0000", "%Y%m%d%H%M%S%z")
+    except (OSError, ValueError, IndexError):
+        raise OperatorError(f"cannot read the certificate in {cert}; see that it is there, in PEM") from None
+    missing = [name for name in names if (_address(name) or name.encode()) not in der]
+    return ":".join(re.findall("..", hashlib.sha256(der).hexdigest().upper())), until, missing
+
+
+def make_certificate(names: Sequence[str]) -> tuple[bytes, bytes]:
+    """(certificate, private key) in PEM, made by `cryptography`, else by the openssl command."""
+    try:
+        from cryptography import x509  # noqa: PLC0415 - needed once in the life of an installation
+        from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415
+        from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
+    except ImportError:
+        return _certificate_by_openssl(names)
+    key = ec.generate_private_key(ec.SECP256R1())
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, ISSUER)])
+    start = datetime.now(timezone.utc) - timedelta(minutes=5)  # for clients whose clocks are late
+    alternatives = [
+        x509.IPAddress(ipaddress.ip_address(name)) if _address(name) else x509.DNSName(name)
+        for name in dict.fromkeys(names)
+    ]
+    usage = x509.KeyUsage(True, *[False] * 8)  # digital signature only
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + timedelta(DAYS))
+        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.ExtendedKeyUsage([x509.OID_SERVER_AUTH]), critical=False)
+        .add_extension(identifier, critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    return certificate.public_bytes(pem), key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+
+
+def _certificate_by_openssl(names: Sequence[str]) -> tuple[bytes, bytes]:
+    alternatives = ",".join(f"{'IP' if _address(name) else 'DNS'}:{name}" for name in dict.fromkeys(names))
+    # With a configuration of our own, since some systems' own says CA:TRUE as well.
+    configuration = f"""[req]\nprompt = no\ndistinguished_name = dn\nx509_extensions = v3\n[dn]\nCN = {ISSUER}
+[v3]\nsubjectAltName = {alternatives}\nbasicConstraints = critical,CA:FALSE\nextendedKeyUsage = serverAuth
+keyUsage = critical,digitalSignature\nsubjectKeyIdentifier = hash\nauthorityKeyIdentifier = keyid:always\n"""
+    command = "openssl req -x509 -config conf -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -sha256"
+    with tempfile.TemporaryDirectory() as folder:  # which only we can read
+        Path(folder, "conf").write_text(configuration)
+        try:
+            outputs = ["-days", str(DAYS), "-out", "cert", "-keyout", "key"]
+            arguments = [*command.split(), *outputs]
+            subprocess.run(arguments, cwd=folder, check=True, capture_output=True, timeout=30)  # noqa: S603 - all ours
+            return Path(folder, "cert").read_bytes(), Path(folder, "key").read_bytes()
+        except (OSError, subprocess.SubprocessError):
+            raise OperatorError(
+                "no certificate can be made here: install the Python package cryptography or the openssl command,"
+                " or put a cert.pem and key.pem of your own here"
+            ) from None
+
+
+def _address(name: str) -> bytes | None:
+    try:
+        return ipaddress.ip_address(name).packed
+    except ValueError:
+        return None
+
+
+# --- HTTP rules ---
+# Heads and bodies of HTTP/1.1 messages as in RFC 9110 and RFC 9112, for both directions, in bytes:
+# nothing here touches a socket.  Where the RFCs let a recipient repair or refuse, we refuse: request
+# smuggling lives on two programs that read the same bytes differently.
+
+
+class ClientError(Exception):
+    """A request that is answered by the gateway itself, and why."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Field(NamedTuple):
+    """One line of a head."""
+
+    name: bytes  # in lower case
+    value: bytes
+    line: bytes  # as it came
+
+
+CHUNKED: Final = -1  # framing of a body: its length in bytes, or one of these
+UNTIL_CLOSE: Final = -2
+
+
+class Request(NamedTuple):
+    """A request's head; the target begins with a slash."""
+
+    method: bytes
+    target: bytes
+    version: bytes  # b"1.0" or b"1.1"
+    fields: list[Field]
+    framing: int
+
+
+class Answer(NamedTuple):
+    """The head of the upstream's answer."""
+
+    status: int
+    reason: bytes
+    version: bytes
+    fields: list[Field]
+    framing: int
+
+
+# What holds for one connection only (RFC 9110, 7.6.1); each side's framing is decided by us.
+HOP_BY_HOP: Final = {b"connection", b"proxy-connection", b"proxy-authenticate", b"keep-alive", b"te", b"trailer",
+                     b"transfer-encoding", b"upgrade"}  # fmt: skip
+NEVER_HOP_BY_HOP: Final = {b"host", b"content-length"}  # even where Connection names them
+CREDENTIALS: Final = {b"x-api-key", b"authorization", b"proxy-authorization"}
+REPLACED: Final = {b"host", b"expect", b"x-forwarded-for", b"x-forwarded-proto"}
+IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # RFC 9110, 9.2.2
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(%b) ([^\x00-\x20\x7f]+) HTTP/([0-9]\.[0-9])" % _TOKEN)
+_STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
+_FIELD = re.compile(rb"(%b):[\t ]*([\t\x20-\x7e\x80-\xff]*?)[\t ]*" % _TOKEN)
+_HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+
+
+def split_head(data: bytes) -> tuple[bytes, bytes] | None:
+    """(a head without its empty line, what follows), or None while the end of the head has not come.
+
+    Raises ClientError 400, 414 or 431 as soon as it can become no good one.
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    if re.search(rb"(?<!\r)\n", head):
+        raise ClientError(400, "a line of the head does not end in CRLF")
+    if len(head.partition(b"\r\n")[0]) > MAX_TARGET:
+        raise ClientError(414, f"the request line is longer than {MAX_TARGET} bytes")
+    if len(head) > MAX_HEAD:
+        raise ClientError(431, f"the head is longer than {MAX_HEAD} bytes")
+    return (head, rest) if end else None
+
+
+def parse_request(head: bytes) -> Request:
+    """Read a request's head (RFC 9112, 3 to 6).  Raises ClientError 400, 431, 501 or 505."""
+    first, *lines = head.split(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise ClientError(400, "the request line is malformed")
+    method, target, version = match.groups()
+    if version not in (b"1.0", b"1.1"):
+        raise ClientError(505, "HTTP/1.0 and HTTP/1.1 are spoken here")
+    if method == b"CONNECT":
+        raise ClientError(501, "this is no proxy for CONNECT")
+    fields = parse_fields(lines)
+    hosts = [field.value for field in fields if field.name == b"host"]
+    if len(hosts) > 1 or (not hosts and version == b"1.1") or not all(map(_HOST.fullmatch, hosts)):
+        raise ClientError(400, "there must be one valid Host field")
+    framing = body_framing(fields, version)
+    return Request(method, origin_form(target), version, fields, 0 if framing is None else framing)
+
+
+def parse_answer(head: bytes, method: bytes) -> Answer:
+    """Read the head of an answer to a request with that method.  Raises ClientError."""
+    first, *lines = head.split(b"\r\n")
+    match = _STATUS_LINE.fullmatch(first)
+    if not match:
+        raise ClientError(400, "the status line is malformed")
+    version, status = match[1], int(match[2])
+    fields = parse_fields(lines)
+    framing = body_framing(fields, version)
+    if method == b"HEAD" or status < 200 or status in (204, 304):
+        framing = 0  # whatever the fields say (RFC 9112, 6.3)
+    return Answer(status, match[3] or b"", version, fields, UNTIL_CLOSE if framing is None else framing)
+
+
+def parse_fields(lines: list[bytes]) -> list[Field]:
+    """Field lines, in their order.  Raises ClientError 400 or 431."""
+    if len(lines) > MAX_FIELDS:
+        raise ClientError(431, f"there are more than {MAX_FIELDS} fields")
+    matches = [_FIELD.fullmatch(line) for line in lines]
+    if not all(matches):  # folded, a space before the colon, no token, a control character
+        raise ClientError(400, "a field line is malformed")
+    return [Field(match[1].lower(), match[2], match[0]) for match in matches if match]
+
+
+def body_framing(fields: list[Field], version: bytes) -> int | None:
+    """A length, CHUNKED, or None where no field says (RFC 9112, 6.3).  Raises ClientError 400 or 501."""
+    lengths = [field.value for field in fields if field.name == b"content-length"]
+    codings = [field.value.lower() for field in fields if field.name == b"transfer-encoding"]
+    if codings:
+        if lengths or version == b"1.0":
+            raise ClientError(400, "Transfer-Encoding may not stand beside Content-Length, nor in HTTP/1.0")
+        if codings != [b"chunked"]:
+            raise ClientError(501, "the one transfer coding that is spoken here is chunked, once")
+        return CHUNKED
+    if len(lengths) > 1 or not all(re.fullmatch(rb"[0-9]{1,18}", length) for length in lengths):
+        raise ClientError(400, "Content-Length must be one decimal number")
+    return int(lengths[0]) if lengths else None
+
+
+def origin_form(target: bytes) -> bytes:
+    """A target as a server wants it (RFC 9112, 3.2): an absolute one loses scheme and authority."""
+    absolute = re.fullmatch(rb"(?i:https?)://[^/?#@]+(/.*)?", target)
+    target = (absolute[1] or b"/") if absolute else target
+    if not target.startswith(b"/"):
+        raise ClientError(400, "the request target must be a path")
+    return target
+
+
+def requested(data: bytes) -> tuple[str | None, str | None]:
+    """(method, path without query) for the log, of what need not be a valid request."""
+    match = _REQUEST_LINE.match(data)
+    method, target = (match[1].decode(), match[2]) if match else (None, b"")
+    with contextlib.suppress(ClientError):
+        return method, origin_form(target).partition(b"?")[0].decode("utf-8", "backslashreplace")
+    return method, None
+
+
+def value_of(name: bytes, fields: list[Field]) -> bytes:
+    """The value of the first such field, or nothing."""
+    return next((field.value for field in fields if field.name == name), b"")
+
+
+def list_members(fields: list[Field], name: bytes) -> set[bytes]:
+    """The comma-separated members of a field, from all its lines, in lower case."""
+    values = b",".join(field.value for field in fields if field.name == name)
+    return {member.strip().lower() for member in values.split(b",")}
+
+
+def keeps_alive(message: Request | Answer) -> bool:
+    """Whether the sender may use its connection again (RFC 9112, 9.3); in HTTP/1.0 never."""
+    return message.version == b"1.1" and b"close" not in list_members(message.fields, b"connection")
+
+
+def end_to_end(fields: list[Field], dropped: Iterable[bytes] = ()) -> list[bytes]:
+    """The lines that may travel on: neither hop-by-hop, nor named by Connection, nor dropped."""
+    hop_by_hop = (HOP_BY_HOP | list_members(fields, b"connection")) - NEVER_HOP_BY_HOP
+    return [field.line for field in fields if field.name not in hop_by_hop and field.name not in dropped]
+
+
+def forwarded_head(request: Request, upstream: Upstream, peer: str, dropped: Iterable[bytes]) -> bytes:
+    """The request's head as the upstream sees it: without credentials, with who asked."""
+    hops = [field.value for field in request.fields if field.name == b"x-forwarded-for"]
+    lines = [
+        b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target),
+        b"Host: " + upstream.authority.encode(),
+        *end_to_end(request.fields, CREDENTIALS | REPLACED | set(dropped)),
+        b"X-Forwarded-For: " + b", ".join([*hops, peer.encode()]),
+        b"X-Forwarded-Proto: https",
+    ]
+    if request.framing == CHUNKED:
+        lines.append(b"Transfer-Encoding: chunked")
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def answer_head(answer: Answer, added: Iterable[bytes] = (), dropped: Iterable[bytes] = ()) -> bytes:
+    """The answer's head as the client sees it: the upstream's own lines, then ours."""
+    if answer.status < 200 or answer.status == 204:
+        dropped = {b"content-length", *dropped}  # RFC 9110, 8.6
+    lines = [b"HTTP/1.1 %d %b" % (answer.status, answer.reason), *end_to_end(answer.fields, dropped), *added]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def presented_keys(fields: list[Field]) -> list[bytes]:
+    """What a request carries as keys: X-Api-Key, Authorization: Bearer, or the password of Basic.
+
+    Both fields may be there (SDKs send dummy bearers); one of them twice is ambiguous: ClientError 403.
+    """
+    keys: list[bytes] = []
+    for name in (b"x-api-key", b"authorization"):
+        values = [field.value for field in fields if field.name == name]
+        if len(values) > 1:
+            raise ClientError(403, f"{name.decode()} came twice; send one key, once")
+        keys += values if name == b"x-api-key" else map(_key_in_authorization, values)
+    return keys
+
+
+def _key_in_authorization(value: bytes) -> bytes:
+    scheme, _, secret = value.partition(b" ")
+    if scheme.lower() == b"basic":
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(secret.strip(), validate=True).partition(b":")[2]
+    return secret.strip() if scheme.lower() == b"bearer" else b""
+
+
+def is_preflight(request: Request) -> bool:
+    """Whether a browser asks for leave to send a request; it cannot send a key with the question."""
+    names = {field.name for field in request.fields}
+    return request.method == b"OPTIONS" and {b"origin", b"access-control-request-method"} <= names
+
+
+def error_body(path: str, status: int, message: str) -> bytes:
+    """An error in the words of the API behind the path: Anthropic's, OpenAI's, or else Ollama's."""
+    kind = "permission_error" if status == 403 else "api_error" if status >= 500 else "invalid_request_error"
+    body: dict[str, Any] = {"error": message}
+    if path.startswith("/v1/messages"):
+        body = {"type": "error", "error": {"type": kind, "message": message}}
+    elif path.startswith("/v1/"):
+        body = {"error": {"message": message, "type": kind, "code": status}}
+    return json.dumps(body).encode()
+
+
+class BodyReader:
+    """Finds the end of a body in the bytes of a connection, without touching the connection.
+
+    Once it is `done`, `rest` is what follows the body, `trailers` the fields behind its last chunk.
+    """
+
+    def __init__(self, framing: int) -> None:
+        self.framing = framing
+        self.done = framing == 0
+        # Preceded by one CRLF more, each chunk's size line stands between two.
+        self.rest = b"\r\n" if framing == CHUNKED else b""
+        self.trailers: list[Field] = []
+        self._missing = max(framing, 0)  # bytes, of the body or of the chunk
+
+    def feed(self, data: bytes) -> bytes:
+        """The content in the connection's next bytes.  Raises ClientError 400 or 431."""
+        if self.framing == UNTIL_CLOSE:
+            return data
+        if self.framing == CHUNKED:
+            return self._feed_chunks(self.rest + data)
+        content, self.rest = data[: self._missing], self.rest + data[self._missing :]
+        self._missing -= len(content)
+        self.done = not self._missing
+        return content
+
+    def end(self) -> bool:
+        """The connection has ended: was the body whole?"""
+        self.done = self.done or self.framing == UNTIL_CLOSE
+        return self.done
+
+    def _feed_chunks(self, data: bytes) -> bytes:
+        """RFC 9112, 7.1.  By position, since one-byte chunks must not cost a copy of the rest each."""
+        content, at = [], 0
+        while True:
+            content.append(data[at : at + self._missing])
+            at += len(content[-1])
+            self._missing -= len(content[-1])
+            if self._missing:
+                break
+            end = data.find(b"\r\n", at + 2, at + MAX_CHUNK_LINE)
+            line = data[at + 2 : end if end > 0 else at + MAX_CHUNK_LINE]
+            size = _CHUNK_LINE.fullmatch(line) if end > 0 else None
+            endless = len(line) == MAX_CHUNK_LINE - 2 or b"\n" in line
+            if not b"\r\n".startswith(data[at : at + 2]) or (not size and (end > 0 or endless)):
+                raise ClientError(400, "a chunk is malformed")
+            if not size:
+                break
+            self._missing = int(size[1], 16)
+            if not self._missing:
+                self._read_trailers(data[end:])
+                break
+            at = end + 2
+        if not self.done:
+            self.rest = data[at:]
+        return b"".join(content)
+
+    def _read_trailers(self, data: bytes) -> None:
+        """What follows the last chunk's size: CRLF, field lines, an empty line."""
+        section, end, rest = data.partition(b"\r\n\r\n")
+        if len(section) > MAX_HEAD:
+            raise ClientError(431, f"the trailers are longer than {MAX_HEAD} bytes")
+        if end:
+            self.trailers = parse_fields(section.split(b"\r\n")[1:])
+            self.rest, self.done = rest, True
+
+
+def chunk(content: bytes) -> bytes:
+    """A chunk, or nothing for nothing: an empty one would be the last."""
+    return b"%x\r\n%b\r\n" % (len(content), content) if content else b""
+
+
+def last_chunk(trailers: list[Field]) -> bytes:
+    """The end of a chunked body, with the trailers that may travel on."""
+    return b"\r\n".join([b"0", *end_to_end(trailers, CREDENTIALS | REPLACED | {b"content-length"}), b"", b""])
+
+
+# --- Token counts ---
+# Every API counts at the end of its answer: Ollama in the last object, OpenAI and Anthropic in `usage`
+# in one of the last events; so a bounded tail will do.  A member found in there is the API's own only
+# if what stands behind it closes the very object it must stand in, which the JSON parser can tell: in
+# text the quotes are escaped, and what a model writes into a tool call's arguments stands deeper.
+
+HEAD_KEPT: Final = 2 * 1024  # bytes; holds Anthropic's message_start, and most requests' model
+TAIL_KEPT: Final = 8 * 1024  # bytes; counts stand in the last few hundred
+MAX_TRIES: Final = 16  # members looked at in one document
+
+_COUNTED = re.compile(rb'"(?:prompt_eval_count|eval_count|usage)"[ \t\r\n]*:')
+_MODEL = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*"(?:[^"\\]|\\.)*"')
+_ESTIMATE = b'"message_start"'
+
+Counts = tuple[Optional[int], Optional[int]]
+
+
+class Excerpt:
+    """The first and the last bytes of a body: all that is kept of it."""
+
+    def __init__(self) -> None:
+        self.head = self.tail = b""
+
+    def add(self, content: bytes) -> None:
+        """Take note of the next bytes."""
+        if len(self.head) < HEAD_KEPT:
+            self.head += content[: HEAD_KEPT - len(self.head)]
+        self.tail = (self.tail + content[-TAIL_KEPT:])[-TAIL_KEPT:]
+
+
+def token_counts(content_type: bytes, answer: Excerpt) -> Counts:
+    """(prompt tokens, response tokens), each None where the answer does not say."""
+    documents = {
+        b"application/json": [answer.tail],
+        b"application/x-ndjson": answer.tail.splitlines()[::-1],
+        b"text/event-stream": [line for line in answer.tail.splitlines()[::-1] if _ESTIMATE not in line],
+    }
+    for document in documents.get(content_type.partition(b";")[0].strip().lower(), []):
+        for usage in _usages(document):
+            prompt, response = _counts(usage)
+            if prompt or response:  # Ollama's /v1/completions says 0 and 0 until it knows
+                # llama.cpp counts an Anthropic prompt in message_start, and nowhere else.
+                begun = [line for line in answer.head.splitlines() if _ESTIMATE in line]
+                estimates = [_counts(usage)[0] for line in begun for usage in _usages(line)]
+                return prompt if prompt is not None or not estimates else estimates[0], response
+    return None, None
+
+
+def _counts(usage: dict[str, Any]) -> Counts:
+    numbers = {name: n for name, n in usage.items() if type(n) is int and 0 <= n < 2**53}
+    if "input_tokens" in numbers:  # Anthropic leaves what was cached out of it
+        numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
+        numbers["input_tokens"] += numbers.get("cache_creation_input_tokens", 0)
+    prompts = [numbers.get(name) for name in ("prompt_eval_count", "prompt_tokens", "input_tokens")]
+    responses = [numbers.get(name) for name in ("eval_count", "completion_tokens", "output_tokens")]
+    return tuple(next((n for n in found if n is not None), None) for found in (prompts, responses))  # type: ignore[return-value]
+
+
+def _usages(document: bytes) -> Iterator[dict[str, Any]]:
+    """Objects of the document's own that may hold counts."""
+    for match in [*_COUNTED.finditer(document)][-MAX_TRIES:]:
+        for opening in (b"{", b'{"":{'):  # at the top, or in the one object that an event holds
+            with contextlib.suppress(ValueError, RecursionError):
+                members = json.loads(opening + document[match.start() :])
+                members = members.get("", members)
+                usage = members.get("usage", members)
+                if isinstance(usage, dict):
+                    yield usage
+
+
+def model_name(request: Excerpt) -> str | None:
+    """The "model" at the top of a JSON request, if it stands in its first or last bytes."""
+    candidates = [request.head[: match.end()] + b"}" for match in [*_MODEL.finditer(request.head)][:MAX_TRIES]]
+    candidates += [b"{" + request.tail[match.start() :] for match in [*_MODEL.finditer(request.tail)][-MAX_TRIES:]]
+    for candidate in candidates:
+        with contextlib.suppress(ValueError, RecursionError):
+            return str(json.loads(candidate)["model"])[:200]
+    return None
+
+
+# --- Audit log ---
+# One line a request, whole, in one write, into the file that has the name now.  No audit, no service:
+# what cannot be written is kept, and nothing is forwarded until it stands in the file.
+
+
+@dataclass
+class Record:
+    """What the audit log says of one request."""
+
+    client: str
+    began: float = field(default_factory=time.time)
+    method: str | None = None
+    path: str | None = None
+    key: str | None = None
+    model: str | None = None
+    tokens: Counts = (None, None)
+    status: int = 500
+
+
+class LogFile:
+    """The audit log as it is open now, and the lines that wait to be written."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.lock = threading.Lock()
+        self.file: io.FileIO | None = None
+        self.kept: deque[bytes] = deque()
+        self.written = 0  # bytes of the first kept line that are in the file
+        self.whole = True  # as the operator was told, see log_news
+
+
+def audit_line(record: Record) -> bytes:
+    """The record as one line of ASCII JSON."""
+    began = datetime.fromtimestamp(record.began, timezone.utc)
+    return json.dumps({
+        "timestamp": began.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "key": record.key,
+        "path": record.path,
+        "prompt_tokens": record.tokens[0],
+        "response_tokens": record.tokens[1],
+        "status": record.status,
+        "method": record.method,
+        "model": record.model,
+        "client": record.client,
+        "duration_ms": max(0, round((time.time() - record.began) * 1000)),
+    }).encode() + b"\n"  # fmt: skip
+
+
+def append_line(log: LogFile, line: bytes = b"") -> bool:
+    """Write the line, after those that wait; False while some cannot be written."""
+    with log.lock:
+        if line:
+            log.kept.append(line)
+        try:
+            while log.kept:
+                log.written += _current_file(log).write(log.kept[0][log.written :]) or 0
+                if log.written == len(log.kept[0]):
+                    log.kept.popleft()
+                    log.written = 0
+        except OSError:
+            return False
+        return True
+
+
+def open_log(path: str) -> LogFile:
+    """The log, opened at once: a place where it cannot be is found at the start."""
+    log = LogFile(path)
+    try:
+        _current_file(log)
+    except OSError as error:
+        raise OperatorError(f"cannot write to {path}: {error.strerror}; choose another --log") from None
+    return log
+
+
+def log_news(log: LogFile) -> str | None:
+    """Try to write what waits; returns news for the operator, None where nothing changed."""
+    was, log.whole = log.whole, append_line(log)
+    if was == log.whole:
+        return None
+    return "the audit log is whole again" if was < log.whole else f"cannot write to {log.path}: nothing is forwarded"
+
+
+def _current_file(log: LogFile) -> io.FileIO:
+    """The file that has the log's name now; the one we wrote to may have been moved away."""
+    if log.file and (log.path == "-" or _is_same(log.file, log.path)):
+        return log.file
+    if log.path == "-":
+        log.file = open(1, "ab", buffering=0, closefd=False)  # noqa: SIM115 - it stays open
+        return log.file
+    file = open(log.path, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600))  # noqa: SIM115 - likewise
+    if log.file:
+        log.file.close()
+    log.file, log.written = file, 0
+    with contextlib.suppress(OSError), open(log.path, "rb") as content:
+        content.seek(-1, os.SEEK_END)
+        if content.read(1) != b"\n":  # killed in the middle of a line: nothing may be glued to it
+            file.write(b"\n")
+    return file
+
+
+def _is_same(file: io.FileIO, path: str) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+# --- Wires ---
+# Sockets that never block by themselves.  A thread that serves a stream must notice the upstream's
+# next token or the client's leaving, whichever comes first, and a socket's own time-out starts anew
+# with every byte, so that a byte now and then would hold it for ever.  So all waiting is in wait().
+
+READ: Final = getattr(select, "POLLIN", 1)
+WRITE: Final = getattr(select, "POLLOUT", 4)
+GONE: Final = getattr(select, "POLLRDHUP", 0)  # Linux only: the peer has left, even behind unread bytes
+
+_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class ClientLeft(Exception):
+    """The client closed its connection, or does not read."""
+
+
+class Wire:
+    """A connected socket, TLS or plain.  When it breaks, it raises what that means: `failure`."""
+
+    def __init__(self, sock: socket.socket, failure: Callable[[], Exception]) -> None:
+        sock.setblocking(False)
+        self.sock, self.failure = sock, failure
+        self.ahead = b""  # what was read and not used yet
+
+    def receive(self) -> bytes | None:
+        """What has arrived: bytes, b"" at the end, None for nothing.
+
+        As READ_SIZE exceeds a TLS record, no decrypted bytes stay behind, where wait() cannot see them.
+        """
+        try:
+            return self.sock.recv(READ_SIZE)
+        except _NOT_NOW:
+            return None
+        except OSError:
+            raise self.failure() from None
+
+    def receive_until(self, deadline: float) -> bytes:
+        """The next bytes, b"" at the end; TimeoutError when the deadline (monotonic) passes."""
+        while (data := self.receive()) is None:
+            if not wait(deadline - time.monotonic(), (self, READ)):
+                raise TimeoutError
+        return data
+
+    def send_some(self, data: bytes | memoryview) -> int:
+        """Send what can go now; returns how many bytes went."""
+        try:
+            return self.sock.send(data)
+        except _NOT_NOW:
+            return 0
+        except OSError:
+            raise self.failure() from None
+
+    def send(self, data: bytes, timeout: float) -> None:
+        """Send all; fails when for `timeout` seconds not one TLS record (16 KiB) could go."""
+        rest, deadline = memoryview(data), time.monotonic() + timeout
+        while rest:
+            sent = self.send_some(rest)
+            rest = rest[sent:]
+            if sent:
+                deadline = time.monotonic() + timeout
+            elif not wait(deadline - time.monotonic(), (self, WRITE)):
+                raise self.failure()
+
+    def close(self, linger: bool = False) -> None:
+        """End with TLS's close_notify.  To linger is to let the peer finish sending.
+
+        A socket that is closed while bytes arrive resets the connection: our answer would be lost.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.unwrap()  # says our close_notify, then raises for want of the peer's
+        with contextlib.suppress(OSError, ClientLeft):
+            self.sock.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + LINGER
+            while linger and self.receive_until(deadline):
+                pass
+        self.sock.close()
+
+    def abort(self) -> None:
+        """End without a word: the peer shall see that something is missing."""
+        self.sock.close()
+
+    def interrupt(self) -> None:
+        """Shut it down from another thread: below TLS, since two threads must not share that."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+
+class Bell:
+    """Rings once, for every thread that waits for it beside something else."""
+
+    def __init__(self) -> None:
+        self._ringer, listener = socket.socketpair()
+        self.wire = Wire(listener, ClientLeft)
+        self.rung = False
+
+    def ring(self) -> None:
+        """Wake everybody: from now on the wire is at its end."""
+        self.rung = True
+        self._ringer.close()
+
+
+def wait(timeout: float, *watched: tuple[Wire, int]) -> list[Wire]:
+    """Wait until what some wire is watched for (READ | WRITE | GONE) happens: returns those wires."""
+    if not hasattr(select, "poll"):  # Windows
+        reading, writing = ([wire.sock for wire, events in watched if events & event] for event in (READ, WRITE))
+        happened = {*itertools.chain(*select.select(reading, writing, [], max(0, timeout)))}
+        return [wire for wire, _ in watched if wire.sock in happened]
+    poll = select.poll()
+    for wire, events in watched:
+        poll.register(wire.sock, events)
+    ready = {descriptor for descriptor, _ in poll.poll(max(0, math.ceil(timeout * 1000)))}
+    return [wire for wire, _ in watched if wire.sock.fileno() in ready]
+
+
+# --- Forwarding ---
+# http.client connects, verifies an https upstream and sets the socket up.  Heads and bodies are ours:
+# http.client takes 103 for a final answer, "-5" for a length, and a body cut short for a whole one.
+
+
+class UpstreamError(Exception):
+    """The upstream cannot be reached, is silent, or sends what is no answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Pool:
+    """Connections to the upstream, kept for a few seconds between two requests."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+        self._tls = ssl.create_default_context() if upstream.tls else None
+        self._lock = threading.Lock()
+        self._idle: deque[tuple[float, Wire]] = deque()  # (since when, connection), oldest first
+
+    def take(self, fresh: bool = False) -> tuple[Wire, bool]:
+        """(connection, whether it was used before); UpstreamError 502."""
+        while not fresh:
+            with self._lock:
+                if not self._idle:
+                    break
+                since, wire = self._idle.pop()
+            # One that has something to say was closed, or holds an answer that nobody asked for.
+            with contextlib.suppress(UpstreamError):
+                if time.monotonic() - since < POOL_SECONDS and wire.receive() is None:
+                    return wire, True
+            wire.abort()
+        return self._connect(), False
+
+    def give_back(self, wire: Wire) -> None:
+        """Keep a connection that is ready for another request."""
+        with self._lock:
+            self._idle.append((time.monotonic(), wire))
+
+    def prune(self) -> None:
+        """Close those that are too old or too many."""
+        with self._lock:
+            while self._idle and (len(self._idle) > POOL_SIZE or time.monotonic() - self._idle[0][0] > POOL_SECONDS):
+                self._idle.popleft()[1].abort()
+
+    def _connect(self) -> Wire:
+        address = self.upstream.host, self.upstream.port
+        connection = http.client.HTTPConnection(*address, timeout=CONNECT_TIMEOUT)
+        if self._tls:
+            connection = http.client.HTTPSConnection(*address, timeout=CONNECT_TIMEOUT, context=self._tls)
+        try:
+            connection.connect()
+        except OSError as error:
+            reason = getattr(error, "verify_message", None) or error.strerror or "no answer"
+            message = f"the upstream at {self.upstream.authority} cannot be reached ({reason}); is it running there?"
+            raise UpstreamError(502, message) from None
+        if isinstance(connection.sock, ssl.SSLSocket):  # where an end without close_notify is a cut
+            connection.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined] # public but not in typeshed
+        return Wire(connection.sock, lambda: UpstreamError(502, "the connection to the upstream broke"))
+
+
+class Exchange:
+    """A request's way to the upstream and the answer's way back.
+
+    Both are in one loop, _receive: an upstream may answer before it has the whole request, and a
+    client may leave before there is an answer.
+    """
+
+    def __init__(self, gateway_pool: Pool, client: Wire, request: Request, head: bytes, settings: Settings) -> None:
+        self.request_body, self.answer_body = BodyReader(request.framing), BodyReader(UNTIL_CLOSE)
+        self.sent, self.received = Excerpt(), Excerpt()  # of their content
+        self._pool, self._client, self._request, self._settings = gateway_pool, client, request, settings
+        self._head = self._outgoing = head  # what is to be sent, and what of it is still here
+        self._refused = False  # whether the upstream takes no more of it; it may still answer
+        self._patience = settings.body_timeout  # seconds for the client's next MIN_PROGRESS bytes
+        self._progress = 0
+        self._reusable = False
+        if not self.request_body.done:
+            data, client.ahead = client.ahead, b""
+            self._upload(data or None)
+        self._upstream, self._used_before = gateway_pool.take()
+
+    def read_head(self) -> tuple[Answer, bytes]:
+        """The next head, interim ones (1xx) included, and the content that came with it.
+
+        Raises UpstreamError, and what the client does meanwhile: ClientError, ClientLeft.
+        """
+        try:
+            head = self._read_head()
+        except UpstreamError:
+            # Closed while it was being used again.  Twice is sent only what does no harm (RFC 9110, 9.2.2).
+            harmless = self._request.method in IDEMPOTENT and not self._request.framing
+            if not (harmless and self._used_before) or self._upstream.ahead:
+                raise
+            self._upstream.abort()
+            self._upstream, self._used_before = self._pool.take(fresh=True)
+            self._outgoing, self._refused = self._head, False
+            head = self._read_head()
+        with _upstreams_fault():
+            answer = parse_answer(head, self._request.method)
+        if answer.status == 101:
+            raise UpstreamError(502, "the upstream changed the protocol without being asked")
+        if answer.status < 200:
+            return answer, b""
+        self.answer_body = BodyReader(answer.framing)
+        self._reusable = keeps_alive(answer) and answer.framing != UNTIL_CLOSE
+        data, self._upstream.ahead = self._upstream.ahead, b""
+        return answer, self._content(data)
+
+    def read(self) -> bytes:
+        """The next content of the answer, as it arrives; UpstreamError where the answer is cut short."""
+        data = self._receive()
+        if not data and not self.answer_body.end():
+            raise UpstreamError(502, "the upstream broke off its answer")
+        return self._content(data)
+
+    def close(self) -> None:
+        """Keep the upstream connection for another request, or close it, which stops the model."""
+        whole = self.request_body.done and self.answer_body.done and not (self._refused or self.answer_body.rest)
+        if whole and self._reusable:
+            self._pool.give_back(self._upstream)
+        else:
+            self._upstream.abort()
+
+    def _read_head(self) -> bytes:
+        while True:
+            with _upstreams_fault():
+                found = split_head(self._upstream.ahead)
+            if found:
+                head, self._upstream.ahead = found
+                return head
+            data = self._receive()
+            if not data:
+                raise UpstreamError(502, "the upstream closed the connection instead of answering")
+            self._upstream.ahead += data
+
+    def _content(self, data: bytes) -> bytes:
+        with _upstreams_fault():
+            content = self.answer_body.feed(data)
+        self.received.add(content)
+        return content
+
+    def _receive(self) -> bytes:
+        """The next bytes from the upstream, b"" at the end; meanwhile the request's body moves up."""
+        limit = self._settings.upstream_timeout
+        silence = time.monotonic() + limit
+        while True:
+            now = time.monotonic()
+            uploading = not self._outgoing and not self.request_body.done
+            full = bool(self._outgoing) or len(self._client.ahead) >= READ_AHEAD
+            ready = wait(
+                self._patience if uploading else silence - now,
+                (self._upstream, READ | WRITE if self._outgoing else READ),
+                (self._client, GONE if full else READ),
+            )
+            data = self._upstream.receive()
+            if data is not None:
+                return data
+            if uploading:
+                self._patience -= time.monotonic() - now
+                self._upload(self._client.receive() if self._client in ready else None)
+                silence = time.monotonic() + limit
+            elif self._client in ready:
+                self._look_ahead(full)
+            if self._outgoing and self._push():
+                silence = time.monotonic() + limit
+            elif time.monotonic() >= silence:
+                raise UpstreamError(504, f"the upstream was silent for {limit:g} seconds")
+
+    def _upload(self, data: bytes | None) -> None:
+        """Take the next bytes of the request's body; None if there are none yet."""
+        if data == b"":
+            raise ClientLeft
+        if data:
+            content = self.request_body.feed(data)
+            self.sent.add(content)
+            if self._request.framing == CHUNKED:
+                content = chunk(content)
+            if self.request_body.done:
+                self._client.ahead = self.request_body.rest
+                content += last_chunk(self.request_body.trailers) if self._request.framing == CHUNKED else b""
+            self._outgoing += b"" if self._refused else content
+            self._progress += len(data)
+            if self._progress >= MIN_PROGRESS:
+                self._progress, self._patience = 0, self._settings.body_timeout
+        if self._patience <= 0 and not self.request_body.done:
+            raise ClientError(408, "the request's body came too slowly")
+
+    def _push(self) -> bool:
+        """Send what is due.  An upstream that takes no more may still have an answer for us."""
+        try:
+            sent = self._upstream.send_some(self._outgoing)
+        except UpstreamError:
+            sent, self._refused = len(self._outgoing), True
+        self._outgoing = self._outgoing[sent:]
+        return sent > 0
+
+    def _look_ahead(self, full: bool) -> None:
+        """The client did something while it is to wait: it left, or it sends its next request."""
+        data = b"" if full else self._client.receive()
+        if data == b"":
+            raise ClientLeft
+        self._client.ahead += data or b""
+
+
+@contextlib.contextmanager
+def _upstreams_fault() -> Iterator[None]:
+    """The rules are the same for both directions; whose fault a breach is, is not."""
+    try:
+        yield
+    except ClientError as error:
+        raise UpstreamError(502, f"the upstream's answer is no valid HTTP: {error}") from None
+
+
+# --- Handler ---
+# The order in which a request meets all of the above.  Clients are answered here and nowhere else.
+
+
+class Gateway(NamedTuple):
+    """What all connections share."""
+
+    settings: Settings
+    keys: Watched[Keys]
+    log: LogFile
+    pool: Pool
+    stopping: Bell
+    report: Callable[[str], None]
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One client's connection: a request after the other, and a line in the log for each."""
+
+    def __init__(self, gateway: Gateway, wire: Any, address: Any, server: Any) -> None:
+        self.gateway, self.settings = gateway, gateway.settings
+        self.wire: Wire = wire
+        self.peer = address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
+        super().__init__(wire, address, server)
+
+    def handle(self) -> None:
+        """Serve requests until the connection can carry no more."""
+        patience, ended = self.settings.header_timeout, False
+        while not ended and self._await_request(patience):
+            ended = not self._one_request()
+            patience = self.settings.idle_timeout
+        self.wire.close(linger=ended)
+
+    def _await_request(self, seconds: float) -> bool:
+        """Wait for the first byte of a request.  Silence is no request, and neither are empty lines."""
+        wire, stopping, deadline = self.wire, self.gateway.stopping, time.monotonic() + seconds
+        with contextlib.suppress(ClientLeft):
+            while time.monotonic() < deadline and not stopping.rung and not self._log_is_full():
+                while wire.ahead.startswith(b"\r\n"):  # RFC 9112, 2.2
+                    wire.ahead = wire.ahead[2:]
+                if wire.ahead not in (b"", b"\r"):
+                    return True
+                data = wire.receive()
+                if data == b"":
+                    break
+                wire.ahead += data or b""
+                if data is None:
+                    wait(deadline - time.monotonic(), (wire, READ), (stopping.wire, READ))
+        return False
+
+    def _log_is_full(self) -> bool:
+        return len(self.gateway.log.kept) >= MAX_KEPT_LINES and not append_line(self.gateway.log)
+
+    def _one_request(self) -> bool:
+        """Answer one request and log it; True if the connection can carry another."""
+        self.record = Record(self.peer)
+        self.answering = False  # whether a head went out, after which there can be no other
+        self.cors: list[bytes] = []
+        try:
+            return self._serve()
+        except (ClientError, UpstreamError) as error:
+            self._refuse(error.status, str(error))
+        except ClientLeft:
+            self.record.status = 499
+            self.wire.abort()
+        finally:
+            append_line(self.gateway.log, audit_line(self.record))
+        return False
+
+    def _serve(self) -> bool:
+        request = parse_request(self._read_head())
+        origin = value_of(b"origin", request.fields)
+        if origin.decode("latin-1") in self.settings.cors_origin:
+            self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
+            if is_preflight(request):
+                return self._permit(request)
+        today = datetime.now(timezone.utc).date()
+        key = find_key(self.gateway.keys.value, presented_keys(request.fields), today)
+        if not key:
+            raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY")
+        self.record.key = key.name
+        if not append_line(self.gateway.log):
+            raise ClientError(503, "the audit log cannot be written; until it can, nothing is forwarded")
+        return self._forward(request)
+
+    def _read_head(self) -> bytes:
+        deadline = time.monotonic() + self.settings.header_timeout
+        while True:
+            self.record.method, self.record.path = requested(self.wire.ahead)
+            found = split_head(self.wire.ahead)
+            if found:
+                head, self.wire.ahead = found
+                return head
+            try:
+                data = self.wire.receive_until(deadline)
+            except TimeoutError:
+                raise ClientError(408, "the request's head came too slowly") from None
+            if not data:
+                raise ClientLeft
+            self.wire.ahead += data
+
+    def _forward(self, request: Request) -> bool:
+        """Send the request on and its answer back; True if the connection can carry another."""
+        dropped = [b"origin"] if self.cors else []  # Ollama would refuse it
+        head = forwarded_head(request, self.settings.upstream, self.peer, dropped)
+        exchange = Exchange(self.gateway.pool, self.wire, request, head, self.settings)
+        content_type = b""
+        try:
+            if not exchange.request_body.done and b"100-continue" in list_members(request.fields, b"expect"):
+                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            for _ in range(MAX_INTERIM):
+                answer, content = exchange.read_head()
+                if answer.status >= 200:
+                    self.record.status, content_type = answer.status, value_of(b"content-type", answer.fields)
+                    return self._relay(request, exchange, answer, content)
+                if answer.status > 100 and request.version == b"1.1":  # nobody asked the upstream for a 100
+                    self._send(answer_head(answer))
+            raise UpstreamError(502, "the upstream sends interim answers without end")
+        finally:
+            exchange.close()
+            self.record.model = model_name(exchange.sent)
+            self.record.tokens = token_counts(content_type, exchange.received)
+
+    def _relay(self, request: Request, exchange: Exchange, answer: Answer, content: bytes) -> bool:
+        body = exchange.answer_body
+        chunked = answer.framing < 0 and request.version == b"1.1"
+        keep = keeps_alive(request) and not self.gateway.stopping.rung
+        added = [*self.cors, *[b"Transfer-Encoding: chunked"] * chunked, *[b"Connection: close"] * (not keep)]
+        self.answering = True
+        data = answer_head(answer, added, [b"access-control-allow-origin"] if self.cors else [])
+        while True:
+            data += chunk(content) if chunked else content
+            if chunked and body.done:
+                data += last_chunk(body.trailers)
+            self._send(data)  # first the head with what content is there: one TLS record, one packet
+            if body.done:
+                return keep and exchange.request_body.done
+            content, data = exchange.read(), b""
+
+    def _permit(self, request: Request) -> bool:
+        """Answer a preflight."""
+        fields = value_of(b"access-control-request-headers", request.fields)
+        self._answer(204, [b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE",
+                           b"Access-Control-Allow-Headers: " + fields, b"Access-Control-Max-Age: 86400"])  # fmt: skip
+        return False
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer with an error; what is half answered is broken off, for it must not look whole."""
+        self.record.status = status
+        if self.answering:
+            self.wire.abort()
+            return
+        body = error_body(self.record.path or "", status, message)
+        lines = [b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
+        self._answer(status, lines, b"" if self.record.method == "HEAD" else body)
+
+    def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> None:
+        """Answer in the gateway's own name, which always ends the connection."""
+        self.record.status = status
+        first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
+        with contextlib.suppress(ClientLeft):
+            self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
+
+    def _send(self, data: bytes) -> None:
+        self.wire.send(data, self.settings.write_timeout)
+
+
+# --- Server ---
+# Connections: one thread accepts them, each then has a thread of its own, which also shakes hands, so
+# that a silent client delays nobody.  --max-connections of them at a time; the others wait.
+
+NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts, encrypts, counts and drains connections."""
+
+    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port
+    request_queue_size = 1024
+    block_on_close = False  # drain() waits instead, and not for ever
+
+    def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], keep_house: Callable[[], None]) -> None:
+        self.gateway, self.context, self.keep_house = gateway, context, keep_house
+        self.slots = threading.BoundedSemaphore(gateway.settings.max_connections)
+        self.wires: dict[Wire, None] = {}
+        self.next_look = 0.0
+        host, port = gateway.settings.listen
+        host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")  # noqa: S104 - what --listen says
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), functools.partial(Handler, gateway))
+
+    def server_bind(self) -> None:
+        """Bind, without asking the name service for our name as HTTPServer does."""
+        if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+
+    def service_actions(self) -> None:
+        """Called in the loop of serve_forever."""
+        if time.monotonic() >= self.next_look:
+            self.keep_house()
+            self.next_look = time.monotonic() + TICK
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept.  Out of descriptors, pause: the port stays ready, and the loop would spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                time.sleep(0.1)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for the connection, once there is a place for one."""
+        while not self.slots.acquire(timeout=TICK):
+            self.service_actions()
+            if self.gateway.stopping.rung:
+                return self.shutdown_request(request)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread, so nobody who would free the place
+            self.slots.release()
+            raise
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """In the connection's thread: shake hands, then let the handler talk."""
+        try:
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens wait for 40 ms
+            request.settimeout(self.gateway.settings.handshake_timeout)
+            with self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as tls:
+                tls.do_handshake()  # here the time-out is for the whole of it
+                wire = Wire(tls, ClientLeft)
+                self.wires[wire] = None
+                try:
+                    self.RequestHandlerClass(wire, client_address, self)  # type: ignore[arg-type]
+                finally:
+                    del self.wires[wire]
+        finally:
+            self.slots.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """What clients do to connections is no news.  A fault of ours is, in one line."""
+        error = sys.exc_info()[1]
+        if error and not isinstance(error, OSError):
+            *_, (_, line) = traceback.walk_tb(error.__traceback__)
+            self.gateway.report(f"internal error: {type(error).__name__} in line {line} of the gateway")
+
+    def drain(self, grace: float) -> None:
+        """Let running requests finish for `grace` seconds; then break them off, so that they are logged."""
+        for seconds in (grace, 2.0):
+            deadline = time.monotonic() + seconds
+            while self.wires and time.monotonic() < deadline:
+                time.sleep(0.02)
+            for wire in list(self.wires):
+                wire.interrupt()
+
+
+# --- Demo ---
+# What answers behind --demo: no model, but Ollama's shapes, at a reading pace.
+
+DEMO_TEXT: Final = (
+    "This is the gateway's built-in demo, not a model: it tells everybody the same."
+    " The rest is real: TLS, your key, a stream, and a line in the audit log."
+)
+DEMO_PACE: Final = 0.03  # seconds a word
+
+
+class DemoUpstream(http.server.BaseHTTPRequestHandler):
+    """Stands in for Ollama: /api/chat, /api/generate, /api/tags, /api/version, /v1/chat/completions."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing; the audit log does."""
+
+    def do_GET(self) -> None:
+        """What is here."""
+        models = [{"name": "demo:latest", "model": "demo:latest", "size": 0, "digest": "", "details": {}}]
+        version = {"version": f"{__version__}-demo"}
+        known: dict[str, dict[str, Any]] = {"/api/version": version, "/api/tags": {"models": models}}
+        self._reply(200 if self.path in known else 404, known.get(self.path, {"error": "not in the demo"}))
+
+    def do_POST(self) -> None:
+        """The canned answer in the shape of the API that was asked, streamed or not."""
+        answers = {"/api/chat": demo_ollama, "/api/generate": demo_ollama, "/v1/chat/completions": demo_openai}
+        try:
+            asked = dict(json.loads(self._body()))
+        except (ValueError, TypeError):
+            asked = {}
+        if self.path not in answers:
+            self._reply(404, {"error": "not in the demo"})
+            return
+        content_type, stream, whole = answers[self.path](asked, self.path)
+        if not asked.get("stream", self.path.startswith("/api/")):
+            self._reply(200, whole)
+            return
+        self._head(200, content_type, "Transfer-Encoding", "chunked")
+        with contextlib.suppress(OSError):  # whoever asked has left
+            for event in stream:
+                self.wfile.write(chunk(event))
+                time.sleep(DEMO_PACE)
+            self.wfile.write(last_chunk([]))
+
+    def _body(self) -> bytes:
+        fields = [Field(name.lower().encode(), value.encode("latin-1"), b"") for name, value in self.headers.items()]
+        body, content = BodyReader(body_framing(fields, b"1.1") or 0), b""
+        while not body.done and (data := self.rfile.read1(READ_SIZE)):
+            content += body.feed(data)
+        return content
+
+    def _reply(self, status: int, answer: dict[str, Any]) -> None:
+        content = json.dumps(answer).encode()
+        self._head(status, "application/json", "Content-Length", str(len(content)))
+        self.wfile.write(content)
+
+    def _head(self, status: int, content_type: str, framing: str, value: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header(framing, value)
+        self.end_headers()
+
+
+def demo_ollama(asked: dict[str, Any], path: str) -> tuple[str, list[bytes], dict[str, Any]]:
+    """(content type, the stream's events, the one answer) of /api/chat and /api/generate."""
+
+    def said(text: str, **more: Any) -> dict[str, Any]:
+        message = {"message": {"role": "assistant", "content": text}}
+        now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+        members = {"response": text} if path == "/api/generate" else message
+        return {"model": asked.get("model"), "created_at": now, **members, "done": bool(more), **more}
+
+    words, prompt = _demo_words(asked)
+    end = {"done_reason": "stop", "prompt_eval_count": prompt, "eval_count": len(words)}
+    events = [*map(said, words), said("", **end)]
+    return "application/x-ndjson", [json.dumps(event).encode() + b"\n" for event in events], said(DEMO_TEXT, **end)
+
+
+def demo_openai(asked: dict[str, Any], _: str) -> tuple[str, list[bytes], dict[str, Any]]:
+    """(content type, the stream's events, the one answer) of /v1/chat/completions."""
+
+    def said(kind: str, choices: list[Any], **more: Any) -> dict[str, Any]:
+        created = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked.get("model")}
+        return {**created, "object": kind, "choices": [{"index": 0, **choice} for choice in choices], **more}
+
+    words, prompt = _demo_words(asked)
+    usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
+    deltas = [{"delta": {"role": "assistant", "content": word}, "finish_reason": None} for word in words]
+    events = [said("chat.completion.chunk", [choice]) for choice in [*deltas, {"delta": {}, "finish_reason": "stop"}]]
+    if dict(asked.get("stream_options") or {}).get("include_usage"):
+        events.append(said("chat.completion.chunk", [], usage=usage))
+    stream = [json.dumps(event).encode() for event in events] + [b"[DONE]"]
+    message = {"message": {"role": "assistant", "content": DEMO_TEXT}, "finish_reason": "stop"}
+    whole = said("chat.completion", [message], usage=usage)
+    return "text/event-stream", [b"data: " + event + b"\n\n" for event in stream], whole
+
+
+def _demo_words(asked: dict[str, Any]) -> tuple[list[str], int]:
+    """The answer's words, and how many the question had."""
+    question = json.dumps(asked.get("prompt") or asked.get("messages") or "")
+    return re.findall(r"\S+\s*", DEMO_TEXT), len(re.findall(r"\w+", question))
+
+
+def start_demo() -> Upstream:
+    """Serve the demo on a free port of the loopback interface; returns where."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoUpstream)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_address[1]
+    return Upstream(False, "127.0.0.1", port, f"127.0.0.1:{port}", "")
+
+
+# --- Command line ---
+# Arguments in, exit status out; the only place that prints or ends the process.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.  0: a clean stop; 1: it could not run; 2: what was asked cannot be."""
+    try:
+        command, arguments = parse_arguments(argv)
+        if command == "keygen":
+            print(new_key(), *([f" name={arguments['label']}"] if arguments["label"] else []))
+            return 0
+        return serve(Settings(**arguments))
+    except OperatorError as error:
+        say(f"gateway: {error}")
+        return error.exit_status
+    except KeyboardInterrupt:  # while starting
+        return 130
+
+
+def serve(settings: Settings) -> int:
+    """Serve until told to stop.  What can be wrong is found before the port is bound."""
+    if settings.demo:
+        settings = settings._replace(upstream=start_demo())
+    fresh = new_key()
+    if os.path.lexists(settings.keys) or not create_file(settings.keys, f"{fresh}  name=first\n".encode(), 0o600):
+        fresh = ""
+    ensure_certificate(settings.cert, settings.cert_key, settings.name)
+    keys = Watched(lambda: load_keys(settings.keys), settings.keys)
+    if not keys.value:
+        raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
+    context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
+    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), Bell(), say)
+    raise_descriptor_limit()
+    try:
+        server = Server(gateway, context, functools.partial(keep_house, gateway, context))
+    except OSError as error:
+        failure = OperatorError(f"cannot listen there: {error.strerror}; choose another place with --listen HOST:PORT")
+        failure.exit_status = 1
+        raise failure from None
+    stop_on_signals(server)
+    announce(settings, keys.value, server.server_address[1], fresh)
+    server.serve_forever(TICK)
+    server.server_close()
+    server.drain(settings.grace)
+    say("Gateway stopped")
+    return 0
+
+
+def keep_house(gateway: Gateway, context: Watched[ssl.SSLContext]) -> None:
+    """What wants a look several times a second."""
+    for news in (gateway.keys.refresh(), context.refresh(), log_news(gateway.log)):
+        if news:
+            say(news)
+    gateway.pool.prune()
+
+
+def stop_on_signals(server: Server) -> None:
+    """SIGINT and SIGTERM stop gently, the second at once.  SIGHUP is heard: files are watched anyway."""
+
+    def stop(*_: Any) -> None:
+        if server.gateway.stopping.rung:
+            os._exit(1)
+        server.gateway.stopping.ring()
+        threading.Thread(target=server.shutdown).start()  # here it would wait for the loop it interrupts
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+def raise_descriptor_limit() -> None:
+    """Take all the descriptors the system grants: a client needs one, and its request another."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # there is no such module on Windows
+        import resource  # noqa: PLC0415
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def announce(settings: Settings, keys: Keys, port: int, fresh_key: str) -> None:
+    """Tell what one needs to use it."""
+    host, upstream, cert = settings.listen[0], settings.upstream, settings.cert
+    fingerprint, until, missing = describe_certificate(cert, settings.name)
+    listen = f"[{host}]" if ":" in host else host
+    everywhere, near = host in ("", "0.0.0.0", "::"), upstream.host in ("127.0.0.1", "::1", "localhost")  # noqa: S104
+    upstream_host = "" if near else upstream.host
+    say(f"Gateway listening on {'' if everywhere else listen}:{port}, upstream {upstream_host}:{upstream.port}")
+    url = f"https://{'localhost' if everywhere else listen}:{port}"
+    state = "the built-in demo, not a model" if settings.demo else upstream_state(upstream)
+    tell("URL", url)
+    tell("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}")
+    tell("Keys", f"{len(keys)} in {settings.keys}")
+    if fresh_key:
+        tell("", f"a new one was made, and is shown only now: {fresh_key}")
+    if any(key.weak for key in keys.values()):
+        tell("", "WARNING: some are short or well known; make better ones with: python3 gateway.py keygen NAME")
+    tell("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint")
+    tell("", fingerprint)
+    if missing or until < datetime.now(timezone.utc):
+        why = f"does not cover {', '.join(missing)}" if missing else "has expired"
+        tell("", f"WARNING: it {why}; move {cert} and {settings.cert_key} away to have a new pair made")
+    tell("Audit log", "standard output" if settings.log == "-" else settings.log)
+    body = """ -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'""" if settings.demo else ""
+    path = "/api/chat" if settings.demo else "/api/tags"
+    tell("Try", f'curl --cacert {cert} {url}{path} -H "X-Api-Key: {fresh_key or "YOUR-KEY"}"{body}')
+
+
+def upstream_state(upstream: Upstream) -> str:
+    """Whether somebody listens there."""
+    try:
+        Pool(upstream).take()[0].abort()
+    except UpstreamError as error:
+        return f"NO ANSWER: {error} Without an Ollama, try --demo."
+    return "it answers"
+
+
+def tell(label: str, text: str) -> None:
+    """A labelled line on stderr."""
+    with contextlib.suppress(OSError, ValueError):  # perhaps nobody reads it
+        print(f"  {label:<12} {text}", file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """A line on stderr, with the time."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def host_port(text: str) -> tuple[str, int]:
+    """HOST:PORT, [IPV6]:PORT or :PORT."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:\s]*)):([0-9]{1,5})", text)
+    if not match or int(match[3]) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, like 127.0.0.1:8443 or [::]:8443")
+    return match[1] or match[2] or "", int(match[3])
+
+
+def upstream_url(text: str) -> Upstream:
+    """http://HOST:PORT or https://HOST:PORT, with a path at most."""
+    with contextlib.suppress(ValueError):
+        url = urllib.parse.urlsplit(text)
+        odd = url.username or url.password or url.query or url.fragment or not re.fullmatch("[!-~]+", text)
+        if url.scheme in ("http", "https") and url.hostname and not odd:
+            tls = url.scheme == "https"
+            return Upstream(tls, url.hostname, url.port or (443 if tls else 80), url.netloc, url.path.rstrip("/"))
+    raise argparse.ArgumentTypeError("an upstream is http://HOST:PORT or https://HOST:PORT, with a path at most")
+
+
+def matching(pattern: str, example: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A kind of argument: what matches the pattern, converted."""
+
+    def parse(text: str) -> Any:
+        if re.fullmatch(pattern, text):
+            return convert(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {example}")
+
+    return parse
+
+
+SECONDS: Final = matching(r"(?!0*\.?0*$)[0-9]{1,6}(\.[0-9]{1,3})?", "a number of seconds above 0", float)
+COUNT: Final = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int)
+ORIGIN: Final = matching(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+", "an origin like https://chat.example.com")
+WORD: Final = matching(r"\S+", "one word")
+
+# Flag, what it takes, how to read that, default (None: it may be given several times), what it is for.
+OPTIONS: Final[Sequence[tuple[str, str, Callable[[str], Any], str | None, str]]] = (
+    ("--listen", "HOST:PORT", host_port, ":8443", "where to listen; without HOST everywhere, IPv4 and IPv6"),
+    ("--upstream", "URL", upstream_url, "http://127.0.0.1:11434", "the Ollama, or other, server"),
+    ("--keys", "FILE", str, "keys.txt", "the API keys; where there is none, it is made with one fresh key"),
+    ("--cert", "FILE", str, "cert.pem", "the certificate, with its chain; where there is none, it is made"),
+    ("--cert-key", "FILE", str, "key.pem", "its private key"),
+    ("--log", "FILE", str, "gateway.log", "the audit log; - is standard output"),
+    ("--name", "HOST", WORD, None, "one more name or address in a certificate that is made"),
+    ("--cors-origin", "ORIGIN", ORIGIN, None, "lets web pages from there use the gateway"),
+    ("--max-connections", "N", COUNT, "1024", "clients at a time; others wait"),
+    ("--handshake-timeout", "S", SECONDS, "10", "for a TLS handshake"),
+    ("--header-timeout", "S", SECONDS, "15", "for the head of a request"),
+    ("--body-timeout", "S", SECONDS, "30", "for every 4 KiB of a request's body"),
+    ("--write-timeout", "S", SECONDS, "60", "for a client to take the next 16 KiB"),
+    ("--idle-timeout", "S", SECONDS, "75", "between two requests"),
+    ("--upstream-timeout", "S", SECONDS, "600", "of silence from the upstream"),
+    ("--grace", "S", SECONDS, "30", "for running requests to finish, at the end"),
+)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[str | None, dict[str, Any]]:
+    """(command, its arguments): flags, else environment variables, else defaults.  OperatorError."""
+    parser = _Parser(prog="gateway", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"gateway {__version__}")
+    demo = _environment("--demo") not in ("", "0", "no", "false")
+    text = "answer from a built-in stand-in, for want of an Ollama [GATEWAY_DEMO]"
+    parser.add_argument("--demo", action="store_true", default=demo, help=text)
+    for flag, metavar, kind, default, text in OPTIONS:
+        default_text = f"default {default}" if default else "may be given several times"
+        parser.add_argument(
+            flag,
+            metavar=metavar,
+            type=kind,
+            action="store" if default else "append",
+            default=(_environment(flag) or default) if default else None,
+            help=f"{text} [{_variable(flag)}; {default_text}]",
+        )
+    commands = parser.add_subparsers(dest="command", metavar="keygen")
+    keygen = commands.add_parser("keygen", help="print a fresh line for the key file")
+    keygen.add_argument("label", nargs="?", type=WORD, metavar="NAME", help="what the audit log calls it")
+    arguments = vars(parser.parse_args(argv))
+    for flag, _, kind, _, _ in OPTIONS:
+        name = flag[2:].replace("-", "_")
+        if arguments[name] is None:
+            try:
+                arguments[name] = [kind(word) for word in re.split(r"[,\s]+", _environment(flag)) if word]
+            except argparse.ArgumentTypeError as error:
+                raise OperatorError(f"{_variable(flag)}: {error}") from None
+    return arguments.pop("command"), arguments
+
+
+def _variable(flag: str) -> str:
+    return "GATEWAY_" + flag[2:].replace("-", "_").upper()
+
+
+def _environment(flag: str) -> str:
+    return os.environ.get(_variable(flag), "").strip()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other error."""
+        raise OperatorError(f"{message}; see --help")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

