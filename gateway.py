@@ -1004,6 +1004,8 @@ class Pool:
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
         self._tls = ssl.create_default_context() if upstream.tls else None
+        if self._tls:
+            self._tls.options &= ~0x80  # OP_IGNORE_UNEXPECTED_EOF: Python 3.9 sets it, and has no name for it
         self._lock = threading.Lock()
         self._idle: deque[tuple[float, Wire]] = deque()  # (since when, connection), oldest first
 
