@@ -58,7 +58,6 @@ import traceback
 import urllib.parse
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from http import HTTPStatus
 from pathlib import Path
@@ -429,7 +428,7 @@ _REQUEST_LINE = re.compile(rb"(%b) ([^\x00-\x20\x7f]+) HTTP/([0-9]\.[0-9])" % _T
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _FIELD = re.compile(rb"(%b):[\t ]*([\t\x20-\x7e\x80-\xff]*?)[\t ]*" % _TOKEN)
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
 
 
 def split_head(data: bytes) -> tuple[bytes, bytes] | None:
@@ -459,7 +458,7 @@ def parse_request(head: bytes) -> Request:
     if method == b"CONNECT":
         raise ClientError(501, "this is no proxy for CONNECT")
     fields = parse_fields(lines)
-    hosts = [field.value for field in fields if field.name == b"host"]
+    hosts = values(fields, b"host")
     if len(hosts) > 1 or (not hosts and version == b"1.1") or not all(map(_HOST.fullmatch, hosts)):
         raise ClientError(400, "there must be one valid Host field")
     framing = body_framing(fields, version)
@@ -492,12 +491,11 @@ def parse_fields(lines: list[bytes]) -> list[Field]:
 
 def body_framing(fields: list[Field], version: bytes) -> int | None:
     """A length, CHUNKED, or None where no field says (RFC 9112, 6.3).  Raises ClientError 400 or 501."""
-    lengths = [field.value for field in fields if field.name == b"content-length"]
-    codings = [field.value.lower() for field in fields if field.name == b"transfer-encoding"]
+    lengths, codings = values(fields, b"content-length"), values(fields, b"transfer-encoding")
     if codings:
         if lengths or version == b"1.0":
             raise ClientError(400, "Transfer-Encoding may not stand beside Content-Length, nor in HTTP/1.0")
-        if codings != [b"chunked"]:
+        if [coding.lower() for coding in codings] != [b"chunked"]:
             raise ClientError(501, "the one transfer coding that is spoken here is chunked, once")
         return CHUNKED
     if len(lengths) > 1 or not all(re.fullmatch(rb"[0-9]{1,18}", length) for length in lengths):
@@ -523,15 +521,14 @@ def requested(data: bytes) -> tuple[str | None, str | None]:
     return method, None
 
 
-def value_of(name: bytes, fields: list[Field]) -> bytes:
-    """The value of the first such field, or nothing."""
-    return next((field.value for field in fields if field.name == name), b"")
+def values(fields: list[Field], name: bytes) -> list[bytes]:
+    """The values of all fields of that name."""
+    return [field.value for field in fields if field.name == name]
 
 
 def list_members(fields: list[Field], name: bytes) -> set[bytes]:
     """The comma-separated members of a field, from all its lines, in lower case."""
-    values = b",".join(field.value for field in fields if field.name == name)
-    return {member.strip().lower() for member in values.split(b",")}
+    return {member.strip().lower() for member in b",".join(values(fields, name)).split(b",")}
 
 
 def keeps_alive(message: Request | Answer) -> bool:
@@ -547,12 +544,12 @@ def end_to_end(fields: list[Field], dropped: Iterable[bytes] = ()) -> list[bytes
 
 def forwarded_head(request: Request, upstream: Upstream, peer: str, dropped: Iterable[bytes]) -> bytes:
     """The request's head as the upstream sees it: without credentials, with who asked."""
-    hops = [field.value for field in request.fields if field.name == b"x-forwarded-for"]
+    hops = [*values(request.fields, b"x-forwarded-for"), peer.encode()]
     lines = [
         b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target),
         b"Host: " + upstream.authority.encode(),
         *end_to_end(request.fields, CREDENTIALS | REPLACED | set(dropped)),
-        b"X-Forwarded-For: " + b", ".join([*hops, peer.encode()]),
+        b"X-Forwarded-For: " + b", ".join(hops),
         b"X-Forwarded-Proto: https",
     ]
     if request.framing == CHUNKED:
@@ -573,13 +570,10 @@ def presented_keys(fields: list[Field]) -> list[bytes]:
 
     Both fields may be there (SDKs send dummy bearers); one of them twice is ambiguous: ClientError 403.
     """
-    keys: list[bytes] = []
-    for name in (b"x-api-key", b"authorization"):
-        values = [field.value for field in fields if field.name == name]
-        if len(values) > 1:
-            raise ClientError(403, f"{name.decode()} came twice; send one key, once")
-        keys += values if name == b"x-api-key" else map(_key_in_authorization, values)
-    return keys
+    keys, authorizations = values(fields, b"x-api-key"), values(fields, b"authorization")
+    if len(keys) > 1 or len(authorizations) > 1:
+        raise ClientError(403, "a field with a key came twice; send one key, once")
+    return keys + [_key_in_authorization(value) for value in authorizations]
 
 
 def _key_in_authorization(value: bytes) -> bytes:
@@ -646,19 +640,17 @@ class BodyReader:
             self._missing -= len(content[-1])
             if self._missing:
                 break
-            end = data.find(b"\r\n", at + 2, at + MAX_CHUNK_LINE)
-            line = data[at + 2 : end if end > 0 else at + MAX_CHUNK_LINE]
-            size = _CHUNK_LINE.fullmatch(line) if end > 0 else None
-            endless = len(line) == MAX_CHUNK_LINE - 2 or b"\n" in line
-            if not b"\r\n".startswith(data[at : at + 2]) or (not size and (end > 0 or endless)):
-                raise ClientError(400, "a chunk is malformed")
+            size = _CHUNK_LINE.match(data, at)
             if not size:
+                begun = data[at : at + MAX_CHUNK_LINE]
+                if begun[:2] != b"\r\n"[: len(begun)] or b"\n" in begun[2:] or len(begun) == MAX_CHUNK_LINE:
+                    raise ClientError(400, "a chunk is malformed")
                 break
             self._missing = int(size[1], 16)
             if not self._missing:
-                self._read_trailers(data[end:])
+                self._read_trailers(data[size.end() - 2 :])
                 break
-            at = end + 2
+            at = size.end()
         if not self.done:
             self.rest = data[at:]
         return b"".join(content)
@@ -768,20 +760,6 @@ def model_name(request: Excerpt) -> str | None:
 # what cannot be written is kept, and nothing is forwarded until it stands in the file.
 
 
-@dataclass
-class Record:
-    """What the audit log says of one request."""
-
-    client: str
-    began: float = field(default_factory=time.time)
-    method: str | None = None
-    path: str | None = None
-    key: str | None = None
-    model: str | None = None
-    tokens: Counts = (None, None)
-    status: int = 500
-
-
 class LogFile:
     """The audit log as it is open now, and the lines that wait to be written."""
 
@@ -794,21 +772,16 @@ class LogFile:
         self.whole = True  # as the operator was told, see log_news
 
 
-def audit_line(record: Record) -> bytes:
-    """The record as one line of ASCII JSON."""
-    began = datetime.fromtimestamp(record.began, timezone.utc)
-    return json.dumps({
-        "timestamp": began.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        "key": record.key,
-        "path": record.path,
-        "prompt_tokens": record.tokens[0],
-        "response_tokens": record.tokens[1],
-        "status": record.status,
-        "method": record.method,
-        "model": record.model,
-        "client": record.client,
-        "duration_ms": max(0, round((time.time() - record.began) * 1000)),
-    }).encode() + b"\n"  # fmt: skip
+def new_record(client: str) -> dict[str, Any]:
+    """What the audit log says of a request, as far as its beginning tells."""
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    unknown = dict.fromkeys(("key", "path", "prompt_tokens", "response_tokens"))
+    return {"timestamp": now, **unknown, "status": 500, "method": None, "model": None, "client": client}
+
+
+def audit_line(record: dict[str, Any], seconds: float) -> bytes:
+    """The record of a request that took that long, as one line of ASCII JSON."""
+    return json.dumps({**record, "duration_ms": round(seconds * 1000)}).encode() + b"\n"
 
 
 def append_line(log: LogFile, line: bytes = b"") -> bool:
@@ -1257,7 +1230,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _one_request(self) -> bool:
         """Answer one request and log it; True if the connection can carry another."""
-        self.record = Record(self.peer)
+        self.record, began = new_record(self.peer), time.monotonic()
         self.answering = False  # whether a head went out, after which there can be no other
         self.cors: list[bytes] = []
         try:
@@ -1265,15 +1238,15 @@ class Handler(socketserver.BaseRequestHandler):
         except (ClientError, UpstreamError) as error:
             self._refuse(error.status, str(error))
         except ClientLeft:
-            self.record.status = 499
+            self.record["status"] = 499
             self.wire.abort()
         finally:
-            append_line(self.gateway.log, audit_line(self.record))
+            append_line(self.gateway.log, audit_line(self.record, time.monotonic() - began))
         return False
 
     def _serve(self) -> bool:
         request = parse_request(self._read_head())
-        origin = value_of(b"origin", request.fields)
+        origin = b" ".join(values(request.fields, b"origin"))
         if origin.decode("latin-1") in self.settings.cors_origin:
             self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
             if is_preflight(request):
@@ -1282,7 +1255,7 @@ class Handler(socketserver.BaseRequestHandler):
         key = find_key(self.gateway.keys.value, presented_keys(request.fields), today)
         if not key:
             raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY")
-        self.record.key = key.name
+        self.record["key"] = key.name
         if not append_line(self.gateway.log):
             raise ClientError(503, "the audit log cannot be written; until it can, nothing is forwarded")
         return self._forward(request)
@@ -1290,7 +1263,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _read_head(self) -> bytes:
         deadline = time.monotonic() + self.settings.header_timeout
         while True:
-            self.record.method, self.record.path = requested(self.wire.ahead)
+            self.record["method"], self.record["path"] = requested(self.wire.ahead)
             found = split_head(self.wire.ahead)
             if found:
                 head, self.wire.ahead = found
@@ -1315,15 +1288,17 @@ class Handler(socketserver.BaseRequestHandler):
             for _ in range(MAX_INTERIM):
                 answer, content = exchange.read_head()
                 if answer.status >= 200:
-                    self.record.status, content_type = answer.status, value_of(b"content-type", answer.fields)
+                    self.record["status"] = answer.status
+                    content_type = b"".join(values(answer.fields, b"content-type"))
                     return self._relay(request, exchange, answer, content)
                 if answer.status > 100 and request.version == b"1.1":  # nobody asked the upstream for a 100
                     self._send(answer_head(answer))
             raise UpstreamError(502, "the upstream sends interim answers without end")
         finally:
             exchange.close()
-            self.record.model = model_name(exchange.sent)
-            self.record.tokens = token_counts(content_type, exchange.received)
+            self.record["model"] = model_name(exchange.sent)
+            counts = token_counts(content_type, exchange.received)
+            self.record["prompt_tokens"], self.record["response_tokens"] = counts
 
     def _relay(self, request: Request, exchange: Exchange, answer: Answer, content: bytes) -> bool:
         body = exchange.answer_body
@@ -1343,24 +1318,24 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _permit(self, request: Request) -> bool:
         """Answer a preflight."""
-        fields = value_of(b"access-control-request-headers", request.fields)
+        fields = b", ".join(values(request.fields, b"access-control-request-headers"))
         self._answer(204, [b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE",
                            b"Access-Control-Allow-Headers: " + fields, b"Access-Control-Max-Age: 86400"])  # fmt: skip
         return False
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer with an error; what is half answered is broken off, for it must not look whole."""
-        self.record.status = status
+        self.record["status"] = status
         if self.answering:
             self.wire.abort()
             return
-        body = error_body(self.record.path or "", status, message)
+        body = error_body(self.record["path"] or "", status, message)
         lines = [b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
-        self._answer(status, lines, b"" if self.record.method == "HEAD" else body)
+        self._answer(status, lines, b"" if self.record["method"] == "HEAD" else body)
 
     def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> None:
         """Answer in the gateway's own name, which always ends the connection."""
-        self.record.status = status
+        self.record["status"] = status
         first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
         with contextlib.suppress(ClientLeft):
             self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
@@ -1481,88 +1456,78 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """What is here."""
         models = [{"name": "demo:latest", "model": "demo:latest", "size": 0, "digest": "", "details": {}}]
-        version = {"version": f"{__version__}-demo"}
-        known: dict[str, dict[str, Any]] = {"/api/version": version, "/api/tags": {"models": models}}
-        self._reply(200 if self.path in known else 404, known.get(self.path, {"error": "not in the demo"}))
+        known = {"/api/version": {"version": f"{__version__}-demo"}, "/api/tags": {"models": models}}
+        self._answer("application/json", [demo_json(known[self.path])] if self.path in known else [])
 
     def do_POST(self) -> None:
         """The canned answer in the shape of the API that was asked, streamed or not."""
-        answers = {"/api/chat": demo_ollama, "/api/generate": demo_ollama, "/v1/chat/completions": demo_openai}
-        try:
-            asked = dict(json.loads(self._body()))
-        except (ValueError, TypeError):
-            asked = {}
-        if self.path not in answers:
-            self._reply(404, {"error": "not in the demo"})
-            return
-        content_type, stream, whole = answers[self.path](asked, self.path)
-        if not asked.get("stream", self.path.startswith("/api/")):
-            self._reply(200, whole)
-            return
-        self._head(200, content_type, "Transfer-Encoding", "chunked")
-        with contextlib.suppress(OSError):  # whoever asked has left
-            for event in stream:
-                self.wfile.write(chunk(event))
-                time.sleep(DEMO_PACE)
-            self.wfile.write(last_chunk([]))
-
-    def _body(self) -> bytes:
         fields = [Field(name.lower().encode(), value.encode("latin-1"), b"") for name, value in self.headers.items()]
         body, content = BodyReader(body_framing(fields, b"1.1") or 0), b""
         while not body.done and (data := self.rfile.read1(READ_SIZE)):
             content += body.feed(data)
-        return content
+        asked = {"model": "demo", "stream": self.path.startswith("/api/")}
+        with contextlib.suppress(ValueError, TypeError):
+            asked.update(json.loads(content))
+        if self.path == "/v1/chat/completions":
+            self._answer("text/event-stream" if asked["stream"] else "application/json", demo_openai(asked))
+        else:
+            known = self.path in ("/api/chat", "/api/generate")
+            self._answer("application/x-ndjson", demo_ollama(asked, self.path) if known else [])
 
-    def _reply(self, status: int, answer: dict[str, Any]) -> None:
-        content = json.dumps(answer).encode()
-        self._head(status, "application/json", "Content-Length", str(len(content)))
-        self.wfile.write(content)
-
-    def _head(self, status: int, content_type: str, framing: str, value: str) -> None:
-        self.send_response(status)
+    def _answer(self, content_type: str, pieces: list[bytes]) -> None:
+        self.send_response(200 if pieces else 404)
         self.send_header("Content-Type", content_type)
-        self.send_header(framing, value)
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
+        with contextlib.suppress(OSError):  # whoever asked has left
+            for number, piece in enumerate(pieces or [demo_json({"error": "this is not in the demo"})]):
+                time.sleep(DEMO_PACE if number else 0)
+                self.wfile.write(chunk(piece))
+            self.wfile.write(last_chunk([]))
 
 
-def demo_ollama(asked: dict[str, Any], path: str) -> tuple[str, list[bytes], dict[str, Any]]:
-    """(content type, the stream's events, the one answer) of /api/chat and /api/generate."""
+def demo_ollama(asked: dict[str, Any], path: str) -> list[bytes]:
+    """What /api/chat and /api/generate say, piece by piece."""
 
-    def said(text: str, **more: Any) -> dict[str, Any]:
-        message = {"message": {"role": "assistant", "content": text}}
+    def said(text: str, **more: Any) -> bytes:
         now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
-        members = {"response": text} if path == "/api/generate" else message
-        return {"model": asked.get("model"), "created_at": now, **members, "done": bool(more), **more}
+        answer = {"message": {"role": "assistant", "content": text}} if path == "/api/chat" else {"response": text}
+        return demo_json({"model": asked["model"], "created_at": now, **answer, "done": bool(more), **more})
 
-    words, prompt = _demo_words(asked)
+    words, prompt = demo_words(asked)
     end = {"done_reason": "stop", "prompt_eval_count": prompt, "eval_count": len(words)}
-    events = [*map(said, words), said("", **end)]
-    return "application/x-ndjson", [json.dumps(event).encode() + b"\n" for event in events], said(DEMO_TEXT, **end)
+    return [*map(said, words), said("", **end)] if asked["stream"] else [said(DEMO_TEXT, **end)]
 
 
-def demo_openai(asked: dict[str, Any], _: str) -> tuple[str, list[bytes], dict[str, Any]]:
-    """(content type, the stream's events, the one answer) of /v1/chat/completions."""
+def demo_openai(asked: dict[str, Any]) -> list[bytes]:
+    """What /v1/chat/completions says, piece by piece."""
 
-    def said(kind: str, choices: list[Any], **more: Any) -> dict[str, Any]:
-        created = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked.get("model")}
-        return {**created, "object": kind, "choices": [{"index": 0, **choice} for choice in choices], **more}
+    def said(kind: str, *choices: dict[str, Any], **more: Any) -> bytes:
+        head = {"id": "chatcmpl-demo", "object": kind, "created": int(time.time()), "model": asked["model"]}
+        return demo_json({**head, "choices": [{"index": 0, **choice} for choice in choices], **more})
 
-    words, prompt = _demo_words(asked)
+    words, prompt = demo_words(asked)
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
-    deltas = [{"delta": {"role": "assistant", "content": word}, "finish_reason": None} for word in words]
-    events = [said("chat.completion.chunk", [choice]) for choice in [*deltas, {"delta": {}, "finish_reason": "stop"}]]
+    if not asked["stream"]:
+        message = {"role": "assistant", "content": DEMO_TEXT}
+        return [said("chat.completion", {"message": message, "finish_reason": "stop"}, usage=usage)]
+    deltas = [{"role": "assistant", "content": word} for word in words]
+    events = [said("chat.completion.chunk", {"delta": delta, "finish_reason": None}) for delta in deltas]
+    events.append(said("chat.completion.chunk", {"delta": {}, "finish_reason": "stop"}))
     if dict(asked.get("stream_options") or {}).get("include_usage"):
-        events.append(said("chat.completion.chunk", [], usage=usage))
-    stream = [json.dumps(event).encode() for event in events] + [b"[DONE]"]
-    message = {"message": {"role": "assistant", "content": DEMO_TEXT}, "finish_reason": "stop"}
-    whole = said("chat.completion", [message], usage=usage)
-    return "text/event-stream", [b"data: " + event + b"\n\n" for event in stream], whole
+        events.append(said("chat.completion.chunk", usage=usage))
+    return [b"data: " + event + b"\n" for event in [*events, b"[DONE]\n"]]
 
 
-def _demo_words(asked: dict[str, Any]) -> tuple[list[str], int]:
-    """The answer's words, and how many the question had."""
-    question = json.dumps(asked.get("prompt") or asked.get("messages") or "")
-    return re.findall(r"\S+\s*", DEMO_TEXT), len(re.findall(r"\w+", question))
+def demo_words(asked: dict[str, Any]) -> tuple[list[str], int]:
+    """The answer's words, and how many the question has."""
+    question = demo_json(asked.get("prompt") or asked.get("messages") or "")
+    return re.findall(r"\S+\s*", DEMO_TEXT), len(re.findall(rb"\w+", question))
+
+
+def demo_json(value: Any) -> bytes:
+    """A line of JSON."""
+    return json.dumps(value).encode() + b"\n"
 
 
 def start_demo() -> Upstream:
@@ -1660,25 +1625,28 @@ def announce(settings: Settings, keys: Keys, port: int, fresh_key: str) -> None:
     listen = f"[{host}]" if ":" in host else host
     everywhere, near = host in ("", "0.0.0.0", "::"), upstream.host in ("127.0.0.1", "::1", "localhost")  # noqa: S104
     upstream_host = "" if near else upstream.host
-    say(f"Gateway listening on {'' if everywhere else listen}:{port}, upstream {upstream_host}:{upstream.port}")
+    first = f"Gateway listening on {'' if everywhere else listen}:{port}, upstream {upstream_host}:{upstream.port}"
+    weak = any(key.weak for key in keys.values())
+    expired = "has expired" if until < datetime.now(timezone.utc) else ""
+    fault = f"does not cover {', '.join(missing)}" if missing else expired
+    path, body = "/api/tags", ""
+    if settings.demo:
+        path, body = "/api/chat", """ -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'"""
     url = f"https://{'localhost' if everywhere else listen}:{port}"
     state = "the built-in demo, not a model" if settings.demo else upstream_state(upstream)
-    tell("URL", url)
-    tell("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}")
-    tell("Keys", f"{len(keys)} in {settings.keys}")
-    if fresh_key:
-        tell("", f"a new one was made, and is shown only now: {fresh_key}")
-    if any(key.weak for key in keys.values()):
-        tell("", "WARNING: some are short or well known; make better ones with: python3 gateway.py keygen NAME")
-    tell("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint")
-    tell("", fingerprint)
-    if missing or until < datetime.now(timezone.utc):
-        why = f"does not cover {', '.join(missing)}" if missing else "has expired"
-        tell("", f"WARNING: it {why}; move {cert} and {settings.cert_key} away to have a new pair made")
-    tell("Audit log", "standard output" if settings.log == "-" else settings.log)
-    body = """ -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'""" if settings.demo else ""
-    path = "/api/chat" if settings.demo else "/api/tags"
-    tell("Try", f'curl --cacert {cert} {url}{path} -H "X-Api-Key: {fresh_key or "YOUR-KEY"}"{body}')
+    lines = [
+        ("URL", url),
+        ("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}"),
+        ("Keys", f"{len(keys)} in {settings.keys}"),
+        ("New key", f"{fresh_key} - also in {settings.keys}, and not shown again" if fresh_key else ""),
+        ("WARNING", "keys are short or well known; for good ones: python3 gateway.py keygen NAME" if weak else ""),
+        ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint"),
+        ("", fingerprint),
+        ("WARNING", f"{cert} {fault}; move it and {settings.cert_key} away to have a new pair made" if fault else ""),
+        ("Audit log", "standard output" if settings.log == "-" else settings.log),
+        ("Try", f'curl --cacert {cert} {url}{path} -H "X-Api-Key: {fresh_key or "YOUR-KEY"}"{body}'),
+    ]
+    say("\n".join([first, *(f"  {label:<12} {text}" for label, text in lines if text)]))
 
 
 def upstream_state(upstream: Upstream) -> str:
@@ -1690,15 +1658,9 @@ def upstream_state(upstream: Upstream) -> str:
     return "it answers"
 
 
-def tell(label: str, text: str) -> None:
-    """A labelled line on stderr."""
-    with contextlib.suppress(OSError, ValueError):  # perhaps nobody reads it
-        print(f"  {label:<12} {text}", file=sys.stderr, flush=True)
-
-
 def say(text: str) -> None:
     """A line on stderr, with the time."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # perhaps nobody reads it
         print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
