@@ -49,6 +49,7 @@ import socket
 import socketserver
 import ssl
 import string
+import struct
 import subprocess
 import sys
 import tempfile
@@ -73,7 +74,8 @@ MAX_TARGET: Final = 8 * 1024  # bytes of a request target: RFC 9112, 3 asks for 
 MAX_FIELDS: Final = 100  # fields in a head: as http.client and Apache
 MAX_CHUNK_LINE: Final = 1024  # bytes of a chunk's size and extensions
 MAX_INTERIM: Final = 8  # 1xx answers before the final one
-MAX_KEPT_LINES: Final = 10_000  # audit lines in memory while the log cannot be written, about 3 MB
+MAX_KEPT_LINES: Final = 5_000  # audit lines in memory while the log cannot be written, about 1.5 MB
+MAX_LOGGED: Final = 300  # characters of a path or model in the log; so a line fits in PIPE_BUF, 4096 bytes
 READ_SIZE: Final = 64 * 1024  # bytes a read; more than a TLS record holds, see Wire.receive
 READ_AHEAD: Final = 64 * 1024  # bytes of pipelined requests held while one is being answered
 MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that renew --body-timeout
@@ -82,6 +84,7 @@ POOL_SIZE: Final = 64  # idle upstream connections
 POOL_SECONDS: Final = 4.0  # for which they are kept: uvicorn and llama.cpp close theirs after 5
 LINGER: Final = 2.0  # seconds in which a refused client may finish sending and read why
 TICK: Final = 0.25  # seconds between two looks at keys, certificate, pool
+NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # it may pass, so wait
 
 
 class OperatorError(Exception):
@@ -128,48 +131,50 @@ T = TypeVar("T")
 class Watched(Generic[T]):
     """A value made from files, and made anew when their bytes change; errors leave the last good one.
 
-    Bytes, not times: two edits within one tick of a file system's clock would look the same.
+    Bytes, not times: two edits within one tick of a file system's clock would look the same.  And not
+    before two looks have seen the same bytes, or a half-written file would count.
     """
 
     def __init__(self, load: Callable[[], T], *paths: str) -> None:
         self._load, self._paths = load, paths
-        self._seen = self._look()
+        self._seen = self._used = self._look()
         self.value = load()
 
     def refresh(self) -> str | None:
         """Look at the files again; returns news for the operator, None when nothing changed."""
-        seen = self._look()
-        if seen == self._seen:
+        before, self._seen = self._seen, self._look()
+        if self._seen != before or self._seen == self._used or None in self._seen:
             return None
-        self._seen = seen
+        self._used = self._seen
         try:
             self.value = self._load()
         except OperatorError as error:
             return f"{error} (until then the last good version stays in force)"
         return f"{' and '.join(self._paths)} changed; the new version is in force"
 
-    def _look(self) -> list[str]:
+    def _look(self) -> list[str | None]:
         return [_digest_or_error(path) for path in self._paths]
 
 
-def _digest_or_error(path: str) -> str:
+def _digest_or_error(path: str) -> str | None:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        return type(error).__name__
+    except OSError as error:  # without descriptors we cannot know
+        return None if error.errno in NO_ROOM else type(error).__name__
 
 
 def create_file(path: str, content: bytes, mode: int) -> bool:
     """Make a file, whole or not at all; False, and the file untouched, where there is one already."""
-    temporary = f"{path}.{os.getpid()}.new"
+    temporary = f"{path}.{secrets.token_hex(4)}.new"
     try:
+        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
+            file.write(content)
         try:
-            with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
-                file.write(content)
             os.link(temporary, path)  # which, unlike a rename, never replaces
-            return True
-        finally:
-            os.unlink(temporary)
+        except PermissionError:  # a file system without hard links
+            if os.path.lexists(path):
+                return False
+            os.rename(temporary, path)
     except FileExistsError:
         return False
     except OSError as error:
@@ -177,6 +182,10 @@ def create_file(path: str, content: bytes, mode: int) -> bool:
             f"cannot make {path}: {error.strerror}; start in a directory that you may write to,"
             " or name other files with --keys, --cert, --cert-key and --log"
         ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    return True
 
 
 # --- API keys ---
@@ -197,7 +206,7 @@ Keys = dict[bytes, Key]  # by SHA-256 digest
 
 KEY_PREFIX: Final = "ztg_"  # by which secret scanners can find a leaked key
 STRONG: Final = 16  # characters; what is shorter can be guessed
-WELL_KNOWN: Final = {"demo-key-0123456789", "replace-me-with-keygen", "your-api-key-here"}
+WELL_KNOWN: Final = {"demo-key", "demo-key-0123456789", "replace-me-with-keygen", "your-api-key-here"}
 
 
 def find_key(keys: Keys, presented: Iterable[bytes], today: date) -> Key | None:
@@ -281,7 +290,8 @@ def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
 def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
     """Make the pair where there is none.  Of two instances at once, one makes it for both."""
     if not os.path.lexists(cert) and not os.path.lexists(cert_key):
-        pair = make_certificate(["localhost", "127.0.0.1", "::1", socket.gethostname(), *names])
+        here = re.findall(r"\A[0-9A-Za-z.-]+\Z", socket.gethostname())  # if it is a name at all
+        pair = make_certificate(["localhost", "127.0.0.1", "::1", *here, *names])
         if create_file(cert_key, pair[1], 0o600):
             create_file(cert, pair[0], 0o644)
     patience = time.monotonic() + 2  # until the other instance has made its second file
@@ -426,7 +436,7 @@ IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # RFC 9110
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([^\x00-\x20\x7f]+) HTTP/([0-9]\.[0-9])" % _TOKEN)
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
-_FIELD = re.compile(rb"(%b):[\t ]*([\t\x20-\x7e\x80-\xff]*?)[\t ]*" % _TOKEN)
+_FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
 _CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
 
@@ -486,7 +496,7 @@ def parse_fields(lines: list[bytes]) -> list[Field]:
     matches = [_FIELD.fullmatch(line) for line in lines]
     if not all(matches):  # folded, a space before the colon, no token, a control character
         raise ClientError(400, "a field line is malformed")
-    return [Field(match[1].lower(), match[2], match[0]) for match in matches if match]
+    return [Field(match[1].lower(), match[2].strip(b" \t"), match[0]) for match in matches if match]
 
 
 def body_framing(fields: list[Field], version: bytes) -> int | None:
@@ -517,7 +527,8 @@ def requested(data: bytes) -> tuple[str | None, str | None]:
     match = _REQUEST_LINE.match(data)
     method, target = (match[1].decode(), match[2]) if match else (None, b"")
     with contextlib.suppress(ClientError):
-        return method, origin_form(target).partition(b"?")[0].decode("utf-8", "backslashreplace")
+        path = origin_form(target).partition(b"?")[0].decode("utf-8", "backslashreplace")
+        return method, path[:MAX_LOGGED]
     return method, None
 
 
@@ -736,23 +747,30 @@ def _counts(usage: dict[str, Any]) -> Counts:
 def _usages(document: bytes) -> Iterator[dict[str, Any]]:
     """Objects of the document's own that may hold counts."""
     for match in [*_COUNTED.finditer(document)][-MAX_TRIES:]:
-        for opening in (b"{", b'{"":{'):  # at the top, or in the one object that an event holds
-            with contextlib.suppress(ValueError, RecursionError):
-                members = json.loads(opening + document[match.start() :])
-                members = members.get("", members)
-                usage = members.get("usage", members)
-                if isinstance(usage, dict):
-                    yield usage
+        rest = document[match.start() :]
+        # The member stands at the top, or in the one object that an event holds.
+        for members in (_json_object(b"{" + rest), _json_object(b'{"":{' + rest).get("")):
+            usage = members.get("usage", members) if isinstance(members, dict) else None
+            if usage and isinstance(usage, dict):
+                yield usage
 
 
 def model_name(request: Excerpt) -> str | None:
-    """The "model" at the top of a JSON request, if it stands in its first or last bytes."""
-    candidates = [request.head[: match.end()] + b"}" for match in [*_MODEL.finditer(request.head)][:MAX_TRIES]]
+    """The "model" at the top of a JSON request, if it stands in its last or first bytes."""
+    candidates = [request.tail]  # of a short request, all
     candidates += [b"{" + request.tail[match.start() :] for match in [*_MODEL.finditer(request.tail)][-MAX_TRIES:]]
-    for candidate in candidates:
-        with contextlib.suppress(ValueError, RecursionError):
-            return str(json.loads(candidate)["model"])[:200]
-    return None
+    candidates += [request.head[: match.end()] + b"}" for match in [*_MODEL.finditer(request.head)][:MAX_TRIES]]
+    names = (_json_object(candidate).get("model") for candidate in candidates)
+    return next((name[:MAX_LOGGED] for name in names if isinstance(name, str)), None)
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    """An object, or an empty one for everything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 # --- Audit log ---
@@ -791,13 +809,25 @@ def append_line(log: LogFile, line: bytes = b"") -> bool:
             log.kept.append(line)
         try:
             while log.kept:
-                log.written += _current_file(log).write(log.kept[0][log.written :]) or 0
+                file = _current_file(log)
+                if not _takes_a_line(file):
+                    return False
+                log.written += file.write(log.kept[0][log.written :]) or 0
                 if log.written == len(log.kept[0]):
                     log.kept.popleft()
                     log.written = 0
         except OSError:
             return False
         return True
+
+
+def _takes_a_line(file: io.FileIO) -> bool:
+    """Whether a write would not block, as into a full pipe; a line fits in what poll() vouches for."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(file, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 def open_log(path: str) -> LogFile:
@@ -826,14 +856,23 @@ def _current_file(log: LogFile) -> io.FileIO:
         log.file = open(1, "ab", buffering=0, closefd=False)  # noqa: SIM115 - it stays open
         return log.file
     file = open(log.path, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600))  # noqa: SIM115 - likewise
+    try:
+        if _is_torn(log.path):  # killed in the middle of a line: nothing may be glued to it
+            file.write(b"\n")
+    except OSError:
+        file.close()
+        raise
     if log.file:
         log.file.close()
     log.file, log.written = file, 0
-    with contextlib.suppress(OSError), open(log.path, "rb") as content:
-        content.seek(-1, os.SEEK_END)
-        if content.read(1) != b"\n":  # killed in the middle of a line: nothing may be glued to it
-            file.write(b"\n")
     return file
+
+
+def _is_torn(path: str) -> bool:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+    return False
 
 
 def _is_same(file: io.FileIO, path: str) -> bool:
@@ -881,10 +920,12 @@ class Wire:
 
     def receive_until(self, deadline: float) -> bytes:
         """The next bytes, b"" at the end; TimeoutError when the deadline (monotonic) passes."""
-        while (data := self.receive()) is None:
-            if not wait(deadline - time.monotonic(), (self, READ)):
-                raise TimeoutError
-        return data
+        while time.monotonic() < deadline:
+            data = self.receive()
+            if data is not None:
+                return data
+            wait(deadline - time.monotonic(), (self, READ))
+        raise TimeoutError
 
     def send_some(self, data: bytes | memoryview) -> int:
         """Send what can go now; returns how many bytes went."""
@@ -922,7 +963,10 @@ class Wire:
         self.sock.close()
 
     def abort(self) -> None:
-        """End without a word: the peer shall see that something is missing."""
+        """End with a reset: the peer shall not take what it has for all, even where only the end could tell."""
+        no_linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
         self.sock.close()
 
     def interrupt(self) -> None:
@@ -1051,15 +1095,16 @@ class Exchange:
         """
         try:
             head = self._read_head()
-        except UpstreamError:
+        except UpstreamError as error:
             # Closed while it was being used again.  Twice is sent only what does no harm (RFC 9110, 9.2.2).
             harmless = self._request.method in IDEMPOTENT and not self._request.framing
-            if not (harmless and self._used_before) or self._upstream.ahead:
+            if not (harmless and self._used_before and error.status == 502) or self._upstream.ahead:
                 raise
             self._upstream.abort()
             self._upstream, self._used_before = self._pool.take(fresh=True)
             self._outgoing, self._refused = self._head, False
             head = self._read_head()
+        self._used_before = False  # now it is known to be good
         with _upstreams_fault():
             answer = parse_answer(head, self._request.method)
         if answer.status == 101:
@@ -1080,8 +1125,8 @@ class Exchange:
 
     def close(self) -> None:
         """Keep the upstream connection for another request, or close it, which stops the model."""
-        whole = self.request_body.done and self.answer_body.done and not (self._refused or self.answer_body.rest)
-        if whole and self._reusable:
+        finished = self.request_body.done and self.answer_body.done and not self.answer_body.rest
+        if self._reusable and finished and not self._outgoing and not self._refused:
             self._pool.give_back(self._upstream)
         else:
             self._upstream.abort()
@@ -1213,8 +1258,7 @@ class Handler(socketserver.BaseRequestHandler):
         wire, stopping, deadline = self.wire, self.gateway.stopping, time.monotonic() + seconds
         with contextlib.suppress(ClientLeft):
             while time.monotonic() < deadline and not stopping.rung and not self._log_is_full():
-                while wire.ahead.startswith(b"\r\n"):  # RFC 9112, 2.2
-                    wire.ahead = wire.ahead[2:]
+                wire.ahead = re.sub(rb"\A(\r\n)+", b"", wire.ahead)  # RFC 9112, 2.2
                 if wire.ahead not in (b"", b"\r"):
                     return True
                 data = wire.receive()
@@ -1283,7 +1327,8 @@ class Handler(socketserver.BaseRequestHandler):
         exchange = Exchange(self.gateway.pool, self.wire, request, head, self.settings)
         content_type = b""
         try:
-            if not exchange.request_body.done and b"100-continue" in list_members(request.fields, b"expect"):
+            expects = request.version == b"1.1" and b"100-continue" in list_members(request.fields, b"expect")
+            if expects and not exchange.request_body.done:
                 self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             for _ in range(MAX_INTERIM):
                 answer, content = exchange.read_head()
@@ -1347,8 +1392,6 @@ class Handler(socketserver.BaseRequestHandler):
 # --- Server ---
 # Connections: one thread accepts them, each then has a thread of its own, which also shakes hands, so
 # that a silent client delays nobody.  --max-connections of them at a time; the others wait.
-
-NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -1430,8 +1473,12 @@ class Server(http.server.ThreadingHTTPServer):
             deadline = time.monotonic() + seconds
             while self.wires and time.monotonic() < deadline:
                 time.sleep(0.02)
-            for wire in list(self.wires):
-                wire.interrupt()
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """Break all connections off."""
+        for wire in list(self.wires):
+            wire.interrupt()
 
 
 # --- Demo ---
@@ -1466,8 +1513,7 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         while not body.done and (data := self.rfile.read1(READ_SIZE)):
             content += body.feed(data)
         asked = {"model": "demo", "stream": self.path.startswith("/api/")}
-        with contextlib.suppress(ValueError, TypeError):
-            asked.update(json.loads(content))
+        asked.update(_json_object(content))
         if self.path == "/v1/chat/completions":
             self._answer("text/event-stream" if asked["stream"] else "application/json", demo_openai(asked))
         else:
@@ -1514,7 +1560,7 @@ def demo_openai(asked: dict[str, Any]) -> list[bytes]:
     deltas = [{"role": "assistant", "content": word} for word in words]
     events = [said("chat.completion.chunk", {"delta": delta, "finish_reason": None}) for delta in deltas]
     events.append(said("chat.completion.chunk", {"delta": {}, "finish_reason": "stop"}))
-    if dict(asked.get("stream_options") or {}).get("include_usage"):
+    if asked.get("stream_options") == {"include_usage": True}:
         events.append(said("chat.completion.chunk", usage=usage))
     return [b"data: " + event + b"\n" for event in [*events, b"[DONE]\n"]]
 
@@ -1582,6 +1628,9 @@ def serve(settings: Settings) -> int:
     server.serve_forever(TICK)
     server.server_close()
     server.drain(settings.grace)
+    if not append_line(gateway.log):
+        say("Gateway stopped, but could not write these audit lines:\n" + b"".join(gateway.log.kept).decode())
+        return 1
     say("Gateway stopped")
     return 0
 
@@ -1599,7 +1648,9 @@ def stop_on_signals(server: Server) -> None:
 
     def stop(*_: Any) -> None:
         if server.gateway.stopping.rung:
-            os._exit(1)
+            server.interrupt()
+            threading.Timer(0.2, os._exit, (1,)).start()  # by then what was broken off is logged
+            return
         server.gateway.stopping.ring()
         threading.Thread(target=server.shutdown).start()  # here it would wait for the loop it interrupts
 
@@ -1654,7 +1705,7 @@ def upstream_state(upstream: Upstream) -> str:
     try:
         Pool(upstream).take()[0].abort()
     except UpstreamError as error:
-        return f"NO ANSWER: {error} Without an Ollama, try --demo."
+        return f"NO ANSWER: {error}; without an Ollama, try --demo"
     return "it answers"
 
 
@@ -1697,6 +1748,7 @@ def matching(pattern: str, example: str, convert: Callable[[str], Any] = str) ->
 SECONDS: Final = matching(r"(?!0*\.?0*$)[0-9]{1,6}(\.[0-9]{1,3})?", "a number of seconds above 0", float)
 COUNT: Final = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int)
 ORIGIN: Final = matching(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+", "an origin like https://chat.example.com")
+HOST: Final = matching(r"[0-9A-Za-z*][0-9A-Za-z.:-]*|::[0-9A-Fa-f:.]*", "a host name or address")
 WORD: Final = matching(r"\S+", "one word")
 
 # Flag, what it takes, how to read that, default (None: it may be given several times), what it is for.
@@ -1707,16 +1759,16 @@ OPTIONS: Final[Sequence[tuple[str, str, Callable[[str], Any], str | None, str]]]
     ("--cert", "FILE", str, "cert.pem", "the certificate, with its chain; where there is none, it is made"),
     ("--cert-key", "FILE", str, "key.pem", "its private key"),
     ("--log", "FILE", str, "gateway.log", "the audit log; - is standard output"),
-    ("--name", "HOST", WORD, None, "one more name or address in a certificate that is made"),
+    ("--name", "HOST", HOST, None, "one more name or address in a certificate that is made"),
     ("--cors-origin", "ORIGIN", ORIGIN, None, "lets web pages from there use the gateway"),
     ("--max-connections", "N", COUNT, "1024", "clients at a time; others wait"),
-    ("--handshake-timeout", "S", SECONDS, "10", "for a TLS handshake"),
-    ("--header-timeout", "S", SECONDS, "15", "for the head of a request"),
-    ("--body-timeout", "S", SECONDS, "30", "for every 4 KiB of a request's body"),
-    ("--write-timeout", "S", SECONDS, "60", "for a client to take the next 16 KiB"),
-    ("--idle-timeout", "S", SECONDS, "75", "between two requests"),
-    ("--upstream-timeout", "S", SECONDS, "600", "of silence from the upstream"),
-    ("--grace", "S", SECONDS, "30", "for running requests to finish, at the end"),
+    ("--handshake-timeout", "S", SECONDS, "10", "seconds for a TLS handshake"),
+    ("--header-timeout", "S", SECONDS, "15", "seconds for the whole head of a request"),
+    ("--body-timeout", "S", SECONDS, "30", "seconds for every 4 KiB of a request's body"),
+    ("--write-timeout", "S", SECONDS, "60", "seconds for a client to take the next 16 KiB"),
+    ("--idle-timeout", "S", SECONDS, "75", "seconds between two requests on a connection"),
+    ("--upstream-timeout", "S", SECONDS, "600", "seconds of silence from the upstream"),
+    ("--grace", "S", SECONDS, "30", "seconds for running requests to finish, at the end"),
 )
 
 
@@ -1737,7 +1789,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[str | None, dict[str, A
             default=(_environment(flag) or default) if default else None,
             help=f"{text} [{_variable(flag)}; {default_text}]",
         )
-    commands = parser.add_subparsers(dest="command", metavar="keygen")
+    commands = parser.add_subparsers(dest="command", title="instead of serving", metavar="")
     keygen = commands.add_parser("keygen", help="print a fresh line for the key file")
     keygen.add_argument("label", nargs="?", type=WORD, metavar="NAME", help="what the audit log calls it")
     arguments = vars(parser.parse_args(argv))
