@@ -944,8 +944,10 @@ class Wire:
             rest = rest[sent:]
             if sent:
                 deadline = time.monotonic() + timeout
-            elif not wait(deadline - time.monotonic(), (self, WRITE)):
+            elif time.monotonic() > deadline:
                 raise self.failure()
+            else:
+                wait(deadline - time.monotonic(), (self, WRITE))
 
     def close(self, linger: bool = False) -> None:
         """End with TLS's close_notify.  To linger is to let the peer finish sending.
@@ -1049,7 +1051,7 @@ class Pool:
         """Close those that are too old or too many."""
         with self._lock:
             while self._idle and (len(self._idle) > POOL_SIZE or time.monotonic() - self._idle[0][0] > POOL_SECONDS):
-                self._idle.popleft()[1].abort()
+                self._idle.popleft()[1].close()
 
     def _connect(self) -> Wire:
         address = self.upstream.host, self.upstream.port
@@ -1074,11 +1076,12 @@ class Exchange:
     client may leave before there is an answer.
     """
 
-    def __init__(self, gateway_pool: Pool, client: Wire, request: Request, head: bytes, settings: Settings) -> None:
+    def __init__(self, pool: Pool, client: Wire, request: Request, head: bytes, settings: Settings) -> None:
         self.request_body, self.answer_body = BodyReader(request.framing), BodyReader(UNTIL_CLOSE)
         self.sent, self.received = Excerpt(), Excerpt()  # of their content
-        self._pool, self._client, self._request, self._settings = gateway_pool, client, request, settings
+        self._pool, self._client, self._request, self._settings = pool, client, request, settings
         self._head = self._outgoing = head  # what is to be sent, and what of it is still here
+        self._begun = False  # whether some of it went
         self._refused = False  # whether the upstream takes no more of it; it may still answer
         self._patience = settings.body_timeout  # seconds for the client's next MIN_PROGRESS bytes
         self._progress = 0
@@ -1086,7 +1089,7 @@ class Exchange:
         if not self.request_body.done:
             data, client.ahead = client.ahead, b""
             self._upload(data or None)
-        self._upstream, self._used_before = gateway_pool.take()
+        self._upstream, self._used_before = pool.take()
 
     def read_head(self) -> tuple[Answer, bytes]:
         """The next head, interim ones (1xx) included, and the content that came with it.
@@ -1096,13 +1099,14 @@ class Exchange:
         try:
             head = self._read_head()
         except UpstreamError as error:
-            # Closed while it was being used again.  Twice is sent only what does no harm (RFC 9110, 9.2.2).
-            harmless = self._request.method in IDEMPOTENT and not self._request.framing
-            if not (harmless and self._used_before and error.status == 502) or self._upstream.ahead:
+            harmless = self._request.method in IDEMPOTENT and not self._request.framing  # RFC 9110, 9.2.2
+            if not self._used_before or error.status != 502 or self._upstream.ahead or (self._begun and not harmless):
                 raise
+            # A kept connection that ended just when it was to be used again.
             self._upstream.abort()
+            self._outgoing = self._head if self._begun else self._outgoing
             self._upstream, self._used_before = self._pool.take(fresh=True)
-            self._outgoing, self._refused = self._head, False
+            self._begun = self._refused = False
             head = self._read_head()
         self._used_before = False  # now it is known to be good
         with _upstreams_fault():
@@ -1163,6 +1167,8 @@ class Exchange:
                 (self._client, GONE if full else READ),
             )
             data = self._upstream.receive()
+            if data is not None and not self._begun:
+                raise UpstreamError(502, "the upstream spoke before it was asked")
             if data is not None:
                 return data
             if uploading:
@@ -1200,8 +1206,10 @@ class Exchange:
         try:
             sent = self._upstream.send_some(self._outgoing)
         except UpstreamError:
+            if not self._begun:
+                raise
             sent, self._refused = len(self._outgoing), True
-        self._outgoing = self._outgoing[sent:]
+        self._outgoing, self._begun = self._outgoing[sent:], self._begun or sent > 0
         return sent > 0
 
     def _look_ahead(self, full: bool) -> None:
@@ -1591,7 +1599,7 @@ def start_demo() -> Upstream:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.  0: a clean stop; 1: it could not run; 2: what was asked cannot be."""
     try:
-        command, arguments = parse_arguments(argv)
+        command, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         if command == "keygen":
             print(new_key(), *([f" name={arguments['label']}"] if arguments["label"] else []))
             return 0
@@ -1772,43 +1780,30 @@ OPTIONS: Final[Sequence[tuple[str, str, Callable[[str], Any], str | None, str]]]
 )
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[str | None, dict[str, Any]]:
+def parse_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     """(command, its arguments): flags, else environment variables, else defaults.  OperatorError."""
     parser = _Parser(prog="gateway", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
-    demo = _environment("--demo") not in ("", "0", "no", "false")
     text = "answer from a built-in stand-in, for want of an Ollama [GATEWAY_DEMO]"
-    parser.add_argument("--demo", action="store_true", default=demo, help=text)
+    parser.add_argument("--demo", action="store_true", help=text)
+    environment = ["--demo"] if os.environ.get("GATEWAY_DEMO", "") not in ("", "0", "no", "false") else []
+    given = {argument.partition("=")[0] for argument in argv}
     for flag, metavar, kind, default, text in OPTIONS:
-        default_text = f"default {default}" if default else "may be given several times"
-        parser.add_argument(
-            flag,
-            metavar=metavar,
-            type=kind,
-            action="store" if default else "append",
-            default=(_environment(flag) or default) if default else None,
-            help=f"{text} [{_variable(flag)}; {default_text}]",
-        )
+        variable = "GATEWAY_" + flag[2:].replace("-", "_").upper()
+        value = "" if flag in given else os.environ.get(variable, "").strip()
+        if default is None:
+            note = f"{text} [{variable}; may be given several times]"
+            parser.add_argument(flag, metavar=metavar, type=kind, help=note, action="append", default=[])
+            environment += [f"{flag}={word}" for word in re.split(r"[,\s]+", value) if word]
+        else:
+            note = f"{text} [{variable}; default {default}]"
+            parser.add_argument(flag, metavar=metavar, type=kind, help=note, default=default)
+            environment += [f"{flag}={value}"] if value else []
     commands = parser.add_subparsers(dest="command", title="instead of serving", metavar="")
     keygen = commands.add_parser("keygen", help="print a fresh line for the key file")
     keygen.add_argument("label", nargs="?", type=WORD, metavar="NAME", help="what the audit log calls it")
-    arguments = vars(parser.parse_args(argv))
-    for flag, _, kind, _, _ in OPTIONS:
-        name = flag[2:].replace("-", "_")
-        if arguments[name] is None:
-            try:
-                arguments[name] = [kind(word) for word in re.split(r"[,\s]+", _environment(flag)) if word]
-            except argparse.ArgumentTypeError as error:
-                raise OperatorError(f"{_variable(flag)}: {error}") from None
+    arguments = vars(parser.parse_args([*environment, *argv]))
     return arguments.pop("command"), arguments
-
-
-def _variable(flag: str) -> str:
-    return "GATEWAY_" + flag[2:].replace("-", "_").upper()
-
-
-def _environment(flag: str) -> str:
-    return os.environ.get(_variable(flag), "").strip()
 
 
 class _Parser(argparse.ArgumentParser):

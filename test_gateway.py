@@ -161,7 +161,7 @@ class FakeUpstream:
 
     def reset(self) -> None:
         self.script: Script = ok(b"{}")
-        self.raw: Callable[[socket.socket], None] | None = None  # instead of reading requests
+        self.raw: Callable[[socket.socket], Any] | None = None  # instead of reading requests
         self.received: list[Message] = []
         self.connections = 0
 
@@ -276,8 +276,7 @@ class RunningGateway:
         return self.say(request(path, body, *lines, method=method, key=key), method)
 
     def stop(self) -> int:
-        if self.process.poll() is None:
-            self.process.terminate()
+        self.process.terminate()
         try:
             return self.process.wait(PATIENCE)
         finally:
@@ -340,6 +339,7 @@ def start(tmp_path: Path, upstream: FakeUpstream) -> Iterator[Callable[..., Runn
 
     yield start_one
     for one in started:
+        one.process.kill()  # ending well has tests of its own
         one.stop()
 
 
@@ -514,7 +514,7 @@ def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, mo
     def of(value: str | None) -> Any:
         return ([parse(value)] if value else []) if default is None else parse(value or default)
 
-    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(variable, "")
     assert gateway.parse_arguments([])[1][name] == of(None)
     monkeypatch.setenv(variable, first)
     assert gateway.parse_arguments([])[1][name] == of(first)
@@ -1358,22 +1358,46 @@ def test_a_request_that_can_do_no_harm_is_sent_again_when_a_kept_connection_ends
     assert gate.ask("/22", b"{}", method="POST").status == 502  # it may have been done already
 
 
+class KeptExchange:
+    """A POST of that size, wholly there, on its way over a kept connection whose far end the test holds."""
+
+    def __init__(self, port: int, size: int) -> None:
+        settings = gateway.Settings(**gateway.parse_arguments(["--upstream", f"http://127.0.0.1:{port}"])[1])
+        (self.near, self.far), (self.client, self.peer) = socket.socketpair(), socket.socketpair()
+        pool, wire = gateway.Pool(settings.upstream), gateway.Wire(self.client, gateway.ClientLeft)
+        pool.give_back(gateway.Wire(self.near, lambda: gateway.UpstreamError(502, "it broke")))
+        wire.ahead = b"x" * size
+        post = gateway.parse_request(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d" % size)
+        self.way = gateway.Exchange(pool, wire, post, gateway.forwarded_head(post, settings.upstream, "::1", ()), settings)
+
+    def __enter__(self) -> KeptExchange:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.way._upstream.close()
+        for sock in (self.near, self.far, self.client, self.peer):
+            sock.close()
+
+
 def test_a_request_that_was_not_sent_whole_spoils_its_connection(upstream: FakeUpstream) -> None:
     """The upstream has answered, the body is still here: on a kept connection it would pass for the next request."""
-    near, far = socket.socketpair()
-    client, _client = socket.socketpair()
-    settings = gateway.Settings(**gateway.parse_arguments(["--upstream", f"http://127.0.0.1:{upstream.port}"])[1])
-    pool = gateway.Pool(settings.upstream)
-    pool.give_back(gateway.Wire(near, gateway.ClientLeft))
-    wire = gateway.Wire(client, gateway.ClientLeft)
-    wire.ahead = b"x" * 10_000_000
-    exchange = gateway.Exchange(pool, wire, gateway.Request(b"POST", b"/", b"1.1", [], 10_000_000), b"head", settings)
-    far.sendall(ok(b"early"))
-    assert exchange.read_head()[1] == b"early"
-    exchange.close()
-    assert near.fileno() == -1
-    for sock in (far, client, _client):
-        sock.close()
+    with KeptExchange(upstream.port, 10_000_000) as exchange:
+        answering = threading.Thread(target=lambda: exchange.far.sendall(ok(exchange.far.recv(4))))
+        answering.start()
+        assert exchange.way.read_head()[1] == b"POST"
+        exchange.way.close()
+        assert exchange.near.fileno() == -1
+        answering.join()
+
+
+@pytest.mark.parametrize("unasked", [b"", ok(b"nobody asked")], ids=["ends", "speaks"])
+def test_a_kept_connection_that_fails_at_the_last_moment_costs_nothing(upstream: FakeUpstream, unasked: bytes) -> None:
+    """After the look at it and before the first byte: no harm in sending the request again, even a POST."""
+    with KeptExchange(upstream.port, 5) as exchange:
+        exchange.far.sendall(unasked)
+        exchange.far.close()
+        assert exchange.way.read_head()[1] == b"{}"
+        assert upstream.received[0].body == b"xxxxx"
 
 
 def test_silence_is_no_reason_to_ask_again(gate: RunningGateway, upstream: FakeUpstream) -> None:
