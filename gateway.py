@@ -601,6 +601,13 @@ def is_preflight(request: Request) -> bool:
     return request.method == b"OPTIONS" and {b"origin", b"access-control-request-method"} <= names
 
 
+def preflight_lines(request: Request) -> list[bytes]:
+    """Leave for what a web page asked to send."""
+    wanted = b", ".join(values(request.fields, b"access-control-request-headers"))
+    methods = b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE"
+    return [methods, b"Access-Control-Allow-Headers: " + wanted, b"Access-Control-Max-Age: 86400"]
+
+
 def error_body(path: str, status: int, message: str) -> bytes:
     """An error in the words of the API behind the path: Anthropic's, OpenAI's, or else Ollama's."""
     kind = "permission_error" if status == 403 else "api_error" if status >= 500 else "invalid_request_error"
@@ -1302,7 +1309,8 @@ class Handler(socketserver.BaseRequestHandler):
         if origin.decode("latin-1") in self.settings.cors_origin:
             self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
             if is_preflight(request):
-                return self._permit(request)
+                self._answer(204, preflight_lines(request))
+                return False
         today = datetime.now(timezone.utc).date()
         key = find_key(self.gateway.keys.value, presented_keys(request.fields), today)
         if not key:
@@ -1368,13 +1376,6 @@ class Handler(socketserver.BaseRequestHandler):
             if body.done:
                 return keep and exchange.request_body.done
             content, data = exchange.read(), b""
-
-    def _permit(self, request: Request) -> bool:
-        """Answer a preflight."""
-        fields = b", ".join(values(request.fields, b"access-control-request-headers"))
-        self._answer(204, [b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE",
-                           b"Access-Control-Allow-Headers: " + fields, b"Access-Control-Max-Age: 86400"])  # fmt: skip
-        return False
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer with an error; what is half answered is broken off, for it must not look whole."""
@@ -1512,7 +1513,7 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         """What is here."""
         models = [{"name": "demo:latest", "model": "demo:latest", "size": 0, "digest": "", "details": {}}]
         known = {"/api/version": {"version": f"{__version__}-demo"}, "/api/tags": {"models": models}}
-        self._answer("application/json", [demo_json(known[self.path])] if self.path in known else [])
+        self._answer("application/json", [demo_line(known[self.path])] if self.path in known else [])
 
     def do_POST(self) -> None:
         """The canned answer in the shape of the API that was asked, streamed or not."""
@@ -1520,13 +1521,13 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         body, content = BodyReader(body_framing(fields, b"1.1") or 0), b""
         while not body.done and (data := self.rfile.read1(READ_SIZE)):
             content += body.feed(data)
-        asked = {"model": "demo", "stream": self.path.startswith("/api/")}
-        asked.update(_json_object(content))
+        asked = {"model": "demo", "stream": self.path.startswith("/api/"), **_json_object(content)}
         if self.path == "/v1/chat/completions":
             self._answer("text/event-stream" if asked["stream"] else "application/json", demo_openai(asked))
+        elif self.path in ("/api/chat", "/api/generate"):
+            self._answer("application/x-ndjson", demo_ollama(asked, chat=self.path == "/api/chat"))
         else:
-            known = self.path in ("/api/chat", "/api/generate")
-            self._answer("application/x-ndjson", demo_ollama(asked, self.path) if known else [])
+            self._answer("application/json", [])
 
     def _answer(self, content_type: str, pieces: list[bytes]) -> None:
         self.send_response(200 if pieces else 404)
@@ -1534,52 +1535,52 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         with contextlib.suppress(OSError):  # whoever asked has left
-            for number, piece in enumerate(pieces or [demo_json({"error": "this is not in the demo"})]):
-                time.sleep(DEMO_PACE if number else 0)
+            for piece in pieces or [demo_line({"error": "this is not in the demo"})]:
                 self.wfile.write(chunk(piece))
+                time.sleep(DEMO_PACE if len(pieces) > 1 else 0)
             self.wfile.write(last_chunk([]))
 
 
-def demo_ollama(asked: dict[str, Any], path: str) -> list[bytes]:
+def demo_ollama(asked: dict[str, Any], chat: bool) -> list[bytes]:
     """What /api/chat and /api/generate say, piece by piece."""
 
     def said(text: str, **more: Any) -> bytes:
         now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
-        answer = {"message": {"role": "assistant", "content": text}} if path == "/api/chat" else {"response": text}
-        return demo_json({"model": asked["model"], "created_at": now, **answer, "done": bool(more), **more})
+        answer = {"message": {"role": "assistant", "content": text}} if chat else {"response": text}
+        return demo_line({"model": asked["model"], "created_at": now, **answer, "done": bool(more), **more})
 
-    words, prompt = demo_words(asked)
-    end = {"done_reason": "stop", "prompt_eval_count": prompt, "eval_count": len(words)}
+    words = re.findall(r"\S+\s*", DEMO_TEXT)
+    end = {"done_reason": "stop", "prompt_eval_count": demo_prompt_tokens(asked), "eval_count": len(words)}
     return [*map(said, words), said("", **end)] if asked["stream"] else [said(DEMO_TEXT, **end)]
 
 
 def demo_openai(asked: dict[str, Any]) -> list[bytes]:
     """What /v1/chat/completions says, piece by piece."""
 
-    def said(kind: str, *choices: dict[str, Any], **more: Any) -> bytes:
-        head = {"id": "chatcmpl-demo", "object": kind, "created": int(time.time()), "model": asked["model"]}
-        return demo_json({**head, "choices": [{"index": 0, **choice} for choice in choices], **more})
+    def said(choices: list[dict[str, Any]], **more: Any) -> bytes:
+        kind = "chat.completion.chunk" if asked["stream"] else "chat.completion"
+        head = {"id": "demo", "object": kind, "created": 0, "model": asked["model"]}
+        return demo_line({**head, "choices": choices, **more})
 
-    words, prompt = demo_words(asked)
+    words, prompt = re.findall(r"\S+\s*", DEMO_TEXT), demo_prompt_tokens(asked)
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
     if not asked["stream"]:
         message = {"role": "assistant", "content": DEMO_TEXT}
-        return [said("chat.completion", {"message": message, "finish_reason": "stop"}, usage=usage)]
+        return [said([{"index": 0, "message": message, "finish_reason": "stop"}], usage=usage)]
     deltas = [{"role": "assistant", "content": word} for word in words]
-    events = [said("chat.completion.chunk", {"delta": delta, "finish_reason": None}) for delta in deltas]
-    events.append(said("chat.completion.chunk", {"delta": {}, "finish_reason": "stop"}))
+    events = [said([{"index": 0, "delta": delta, "finish_reason": None}]) for delta in deltas]
+    events.append(said([{"index": 0, "delta": {}, "finish_reason": "stop"}]))
     if asked.get("stream_options") == {"include_usage": True}:
-        events.append(said("chat.completion.chunk", usage=usage))
+        events.append(said([], usage=usage))
     return [b"data: " + event + b"\n" for event in [*events, b"[DONE]\n"]]
 
 
-def demo_words(asked: dict[str, Any]) -> tuple[list[str], int]:
-    """The answer's words, and how many the question has."""
-    question = demo_json(asked.get("prompt") or asked.get("messages") or "")
-    return re.findall(r"\S+\s*", DEMO_TEXT), len(re.findall(rb"\w+", question))
+def demo_prompt_tokens(asked: dict[str, Any]) -> int:
+    """How many words the question has."""
+    return len(re.findall(rb"\w+", demo_line(asked.get("prompt") or asked.get("messages") or "")))
 
 
-def demo_json(value: Any) -> bytes:
+def demo_line(value: Any) -> bytes:
     """A line of JSON."""
     return json.dumps(value).encode() + b"\n"
 
@@ -1686,8 +1687,8 @@ def announce(settings: Settings, keys: Keys, port: int, fresh_key: str) -> None:
     upstream_host = "" if near else upstream.host
     first = f"Gateway listening on {'' if everywhere else listen}:{port}, upstream {upstream_host}:{upstream.port}"
     weak = any(key.weak for key in keys.values())
-    expired = "has expired" if until < datetime.now(timezone.utc) else ""
-    fault = f"does not cover {', '.join(missing)}" if missing else expired
+    fault = f"does not cover {', '.join(missing)}" if missing else ""
+    fault = "has expired" if until < datetime.now(timezone.utc) else fault
     path, body = "/api/tags", ""
     if settings.demo:
         path, body = "/api/chat", """ -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'"""
