@@ -1069,7 +1069,7 @@ class Pool:
             connection.connect()
         except OSError as error:
             reason = getattr(error, "verify_message", None) or error.strerror or "no answer"
-            message = f"the upstream at {self.upstream.authority} cannot be reached ({reason}); is it running there?"
+            message = f"the upstream at {self.upstream.authority} cannot be reached ({reason}); start it there"
             raise UpstreamError(502, message) from None
         if isinstance(connection.sock, ssl.SSLSocket):  # where an end without close_notify is a cut
             connection.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined] # public but not in typeshed
@@ -1714,7 +1714,7 @@ def upstream_state(upstream: Upstream) -> str:
     try:
         Pool(upstream).take()[0].abort()
     except UpstreamError as error:
-        return f"NO ANSWER: {error}; without an Ollama, try --demo"
+        return f"NO ANSWER: {error}, or try --demo"
     return "it answers"
 
 
