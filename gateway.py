@@ -385,12 +385,16 @@ def _address(name: str) -> bytes | None:
 # smuggling lives on two programs that read the same bytes differently.
 
 
-class ClientError(Exception):
-    """A request that is answered by the gateway itself, and why."""
+class Refusal(Exception):
+    """What the gateway answers in its own name: a status and the reason."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
         self.status = status
+
+
+class ClientError(Refusal):
+    """The request is malformed, ambiguous, too slow, or without a valid key."""
 
 
 class Field(NamedTuple):
@@ -857,11 +861,12 @@ def log_news(log: LogFile) -> str | None:
 
 def _current_file(log: LogFile) -> io.FileIO:
     """The file that has the log's name now; the one we wrote to may have been moved away."""
-    if log.file and (log.path == "-" or _is_same(log.file, log.path)):
-        return log.file
     if log.path == "-":
-        log.file = open(1, "ab", buffering=0, closefd=False)  # noqa: SIM115 - it stays open
+        log.file = log.file or open(1, "ab", buffering=0, closefd=False)  # noqa: SIM115 - it stays open
         return log.file
+    with contextlib.suppress(FileNotFoundError):
+        if log.file and os.path.samestat(os.stat(log.path), os.fstat(log.file.fileno())):
+            return log.file
     file = open(log.path, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600))  # noqa: SIM115 - likewise
     try:
         if _is_torn(log.path):  # killed in the middle of a line: nothing may be glued to it
@@ -880,13 +885,6 @@ def _is_torn(path: str) -> bool:
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
     return False
-
-
-def _is_same(file: io.FileIO, path: str) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 # --- Wires ---
@@ -1016,12 +1014,8 @@ def wait(timeout: float, *watched: tuple[Wire, int]) -> list[Wire]:
 # http.client takes 103 for a final answer, "-5" for a length, and a body cut short for a whole one.
 
 
-class UpstreamError(Exception):
+class UpstreamError(Refusal):
     """The upstream cannot be reached, is silent, or sends what is no answer."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class Pool:
@@ -1294,8 +1288,8 @@ class Handler(socketserver.BaseRequestHandler):
         self.cors: list[bytes] = []
         try:
             return self._serve()
-        except (ClientError, UpstreamError) as error:
-            self._refuse(error.status, str(error))
+        except Refusal as refusal:
+            self._refuse(refusal)
         except ClientLeft:
             self.record["status"] = 499
             self.wire.abort()
@@ -1377,15 +1371,15 @@ class Handler(socketserver.BaseRequestHandler):
                 return keep and exchange.request_body.done
             content, data = exchange.read(), b""
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
         """Answer with an error; what is half answered is broken off, for it must not look whole."""
-        self.record["status"] = status
+        self.record["status"] = refusal.status
         if self.answering:
             self.wire.abort()
             return
-        body = error_body(self.record["path"] or "", status, message)
+        body = error_body(self.record["path"] or "", refusal.status, str(refusal))
         lines = [b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
-        self._answer(status, lines, b"" if self.record["method"] == "HEAD" else body)
+        self._answer(refusal.status, lines, b"" if self.record["method"] == "HEAD" else body)
 
     def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> None:
         """Answer in the gateway's own name, which always ends the connection."""
