@@ -439,6 +439,7 @@ IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # RFC 9110
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([^\x00-\x20\x7f]+) HTTP/([0-9]\.[0-9])" % _TOKEN)
+_TARGET = re.compile(rb"(?i:https?://[^/?#@]+)?(/.*)?")
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
@@ -451,89 +452,73 @@ def split_head(data: bytes) -> tuple[bytes, bytes] | None:
     Raises ClientError 400, 414 or 431 as soon as it can become no good one.
     """
     head, end, rest = data.partition(b"\r\n\r\n")
-    if re.search(rb"(?<!\r)\n", head):
-        raise ClientError(400, "a line of the head does not end in CRLF")
-    if len(head.partition(b"\r\n")[0]) > MAX_TARGET:
-        raise ClientError(414, f"the request line is longer than {MAX_TARGET} bytes")
-    if len(head) > MAX_HEAD:
-        raise ClientError(431, f"the head is longer than {MAX_HEAD} bytes")
+    require(not re.search(rb"(?<!\r)\n", head), 400, "a line of the head does not end in CRLF")
+    require(len(head.partition(b"\r\n")[0]) <= MAX_TARGET, 414, f"the request line is longer than {MAX_TARGET} bytes")
+    require(len(head) <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
     return (head, rest) if end else None
 
 
 def parse_request(head: bytes) -> Request:
     """Read a request's head (RFC 9112, 3 to 6).  Raises ClientError 400, 431, 501 or 505."""
     first, *lines = head.split(b"\r\n")
-    match = _REQUEST_LINE.fullmatch(first)
-    if not match:
-        raise ClientError(400, "the request line is malformed")
-    method, target, version = match.groups()
-    if version not in (b"1.0", b"1.1"):
-        raise ClientError(505, "HTTP/1.0 and HTTP/1.1 are spoken here")
-    if method == b"CONNECT":
-        raise ClientError(501, "this is no proxy for CONNECT")
+    method, target, version = require(_REQUEST_LINE.fullmatch(first), 400, "the request line is malformed").groups()
+    require(version in (b"1.0", b"1.1"), 505, "HTTP/1.0 and HTTP/1.1 are spoken here")
+    require(method != b"CONNECT", 501, "this is no proxy for CONNECT")
+    # An absolute target loses scheme and authority (RFC 9112, 3.2).
+    path = require(_TARGET.fullmatch(target), 400, "the request target must be a path")[1] or b"/"
     fields = parse_fields(lines)
     hosts = values(fields, b"host")
-    if len(hosts) > 1 or (not hosts and version == b"1.1") or not all(map(_HOST.fullmatch, hosts)):
-        raise ClientError(400, "there must be one valid Host field")
-    framing = body_framing(fields, version)
-    return Request(method, origin_form(target), version, fields, 0 if framing is None else framing)
+    known = len(hosts) == 1 or (not hosts and version == b"1.0")
+    require(known and all(map(_HOST.fullmatch, hosts)), 400, "there must be one valid Host field")
+    return Request(method, path, version, fields, body_framing(fields, version, 0))
 
 
 def parse_answer(head: bytes, method: bytes) -> Answer:
     """Read the head of an answer to a request with that method.  Raises ClientError."""
     first, *lines = head.split(b"\r\n")
-    match = _STATUS_LINE.fullmatch(first)
-    if not match:
-        raise ClientError(400, "the status line is malformed")
-    version, status = match[1], int(match[2])
+    version, status, reason = require(_STATUS_LINE.fullmatch(first), 400, "the status line is malformed").groups()
     fields = parse_fields(lines)
-    framing = body_framing(fields, version)
-    if method == b"HEAD" or status < 200 or status in (204, 304):
+    framing = body_framing(fields, version, UNTIL_CLOSE)
+    if method == b"HEAD" or status.startswith(b"1") or status in (b"204", b"304"):
         framing = 0  # whatever the fields say (RFC 9112, 6.3)
-    return Answer(status, match[3] or b"", version, fields, UNTIL_CLOSE if framing is None else framing)
+    return Answer(int(status), reason or b"", version, fields, framing)
+
+
+def require(found: T | None, status: int, message: str) -> T:
+    """What a rule asks for, if it is there; otherwise ClientError."""
+    if not found:
+        raise ClientError(status, message)
+    return found
 
 
 def parse_fields(lines: list[bytes]) -> list[Field]:
     """Field lines, in their order.  Raises ClientError 400 or 431."""
-    if len(lines) > MAX_FIELDS:
-        raise ClientError(431, f"there are more than {MAX_FIELDS} fields")
-    matches = [_FIELD.fullmatch(line) for line in lines]
-    if not all(matches):  # folded, a space before the colon, no token, a control character
-        raise ClientError(400, "a field line is malformed")
-    return [Field(match[1].lower(), match[2].strip(b" \t"), match[0]) for match in matches if match]
+    require(len(lines) <= MAX_FIELDS, 431, f"there are more than {MAX_FIELDS} fields")
+    # What is malformed: a folded line, a space before the colon, no token, a control character.
+    matches = [require(_FIELD.fullmatch(line), 400, "a field line is malformed") for line in lines]
+    return [Field(match[1].lower(), match[2].strip(b" \t"), match[0]) for match in matches]
 
 
-def body_framing(fields: list[Field], version: bytes) -> int | None:
-    """A length, CHUNKED, or None where no field says (RFC 9112, 6.3).  Raises ClientError 400 or 501."""
+def body_framing(fields: list[Field], version: bytes, otherwise: int) -> int:
+    """A length, CHUNKED, or `otherwise` where no field says (RFC 9112, 6.3).  Raises ClientError 400 or 501."""
     lengths, codings = values(fields, b"content-length"), values(fields, b"transfer-encoding")
     if codings:
-        if lengths or version == b"1.0":
-            raise ClientError(400, "Transfer-Encoding may not stand beside Content-Length, nor in HTTP/1.0")
-        if [coding.lower() for coding in codings] != [b"chunked"]:
-            raise ClientError(501, "the one transfer coding that is spoken here is chunked, once")
+        alone = not lengths and version != b"1.0"
+        require(alone, 400, "Transfer-Encoding may not stand beside Content-Length, nor in HTTP/1.0")
+        chunked = [coding.lower() for coding in codings] == [b"chunked"]
+        require(chunked, 501, "the one transfer coding that is spoken here is chunked, once")
         return CHUNKED
-    if len(lengths) > 1 or not all(re.fullmatch(rb"[0-9]{1,18}", length) for length in lengths):
-        raise ClientError(400, "Content-Length must be one decimal number")
-    return int(lengths[0]) if lengths else None
-
-
-def origin_form(target: bytes) -> bytes:
-    """A target as a server wants it (RFC 9112, 3.2): an absolute one loses scheme and authority."""
-    absolute = re.fullmatch(rb"(?i:https?)://[^/?#@]+(/.*)?", target)
-    target = (absolute[1] or b"/") if absolute else target
-    if not target.startswith(b"/"):
-        raise ClientError(400, "the request target must be a path")
-    return target
+    valid = len(lengths) <= 1 and all(re.fullmatch(rb"[0-9]{1,18}", length) for length in lengths)
+    require(valid, 400, "Content-Length must be one decimal number")
+    return int(lengths[0]) if lengths else otherwise
 
 
 def requested(data: bytes) -> tuple[str | None, str | None]:
     """(method, path without query) for the log, of what need not be a valid request."""
-    match = _REQUEST_LINE.match(data)
-    method, target = (match[1].decode(), match[2]) if match else (None, b"")
-    with contextlib.suppress(ClientError):
-        path = origin_form(target).partition(b"?")[0].decode("utf-8", "backslashreplace")
-        return method, path[:MAX_LOGGED]
-    return method, None
+    line = _REQUEST_LINE.match(data)
+    target = _TARGET.fullmatch(line[2]) if line else None
+    path = (target[1] or b"/").partition(b"?")[0].decode("utf-8", "backslashreplace") if target else None
+    return line[1].decode() if line else None, path and path[:MAX_LOGGED]
 
 
 def values(fields: list[Field], name: bytes) -> list[bytes]:
@@ -586,8 +571,7 @@ def presented_keys(fields: list[Field]) -> list[bytes]:
     Both fields may be there (SDKs send dummy bearers); one of them twice is ambiguous: ClientError 403.
     """
     keys, authorizations = values(fields, b"x-api-key"), values(fields, b"authorization")
-    if len(keys) > 1 or len(authorizations) > 1:
-        raise ClientError(403, "a field with a key came twice; send one key, once")
+    require(len(keys) <= 1 and len(authorizations) <= 1, 403, "a field with a key came twice; send one key, once")
     return keys + [_key_in_authorization(value) for value in authorizations]
 
 
@@ -1512,7 +1496,7 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """The canned answer in the shape of the API that was asked, streamed or not."""
         fields = [Field(name.lower().encode(), value.encode("latin-1"), b"") for name, value in self.headers.items()]
-        body, content = BodyReader(body_framing(fields, b"1.1") or 0), b""
+        body, content = BodyReader(body_framing(fields, b"1.1", 0)), b""
         while not body.done and (data := self.rfile.read1(READ_SIZE)):
             content += body.feed(data)
         asked = {"model": "demo", "stream": self.path.startswith("/api/"), **_json_object(content)}
