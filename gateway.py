@@ -90,8 +90,6 @@ NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # it
 class OperatorError(Exception):
     """Something that the person who runs the gateway can mend; the text says what and how."""
 
-    exit_status = 2
-
 
 class Upstream(NamedTuple):
     """Where requests go: http(s)://authority/prefix."""
@@ -1388,11 +1386,10 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
     block_on_close = False  # drain() waits instead, and not for ever
 
-    def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], keep_house: Callable[[], None]) -> None:
-        self.gateway, self.context, self.keep_house = gateway, context, keep_house
+    def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext]) -> None:
+        self.gateway, self.context = gateway, context
         self.slots = threading.BoundedSemaphore(gateway.settings.max_connections)
         self.wires: dict[Wire, None] = {}
-        self.next_look = 0.0
         host, port = gateway.settings.listen
         host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")  # noqa: S104 - what --listen says
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -1403,12 +1400,6 @@ class Server(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
-
-    def service_actions(self) -> None:
-        """Called in the loop of serve_forever."""
-        if time.monotonic() >= self.next_look:
-            self.keep_house()
-            self.next_look = time.monotonic() + TICK
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept.  Out of descriptors, pause: the port stays ready, and the loop would spin."""
@@ -1422,7 +1413,6 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for the connection, once there is a place for one."""
         while not self.slots.acquire(timeout=TICK):
-            self.service_actions()
             if self.gateway.stopping.rung:
                 return self.shutdown_request(request)
         try:
@@ -1585,7 +1575,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(Settings(**arguments))
     except OperatorError as error:
         say(f"gateway: {error}")
-        return error.exit_status
+        return 2
     except KeyboardInterrupt:  # while starting
         return 130
 
@@ -1605,14 +1595,17 @@ def serve(settings: Settings) -> int:
     gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), Bell(), say)
     raise_descriptor_limit()
     try:
-        server = Server(gateway, context, functools.partial(keep_house, gateway, context))
+        server = Server(gateway, context)
     except OSError as error:
-        failure = OperatorError(f"cannot listen there: {error.strerror}; choose another place with --listen HOST:PORT")
-        failure.exit_status = 1
-        raise failure from None
+        say(f"gateway: cannot listen there: {error.strerror}; choose another place with --listen HOST:PORT")
+        return 1
     stop_on_signals(server)
     announce(settings, keys.value, server.server_address[1], fresh)
-    server.serve_forever(TICK)
+    threading.Thread(target=server.serve_forever, args=(TICK,), daemon=True).start()
+    while not gateway.stopping.rung:
+        keep_house(gateway, context)
+        wait(TICK, (gateway.stopping.wire, READ))
+    server.shutdown()
     server.server_close()
     server.drain(settings.grace)
     if not append_line(gateway.log):
@@ -1639,7 +1632,6 @@ def stop_on_signals(server: Server) -> None:
             threading.Timer(0.2, os._exit, (1,)).start()  # by then what was broken off is logged
             return
         server.gateway.stopping.ring()
-        threading.Thread(target=server.shutdown).start()  # here it would wait for the loop it interrupts
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
