@@ -1065,7 +1065,7 @@ class Exchange:
         self._pool, self._client, self._request, self._settings = pool, client, request, settings
         self._head = self._outgoing = head  # what is to be sent, and what of it is still here
         self._begun = False  # whether some of it went
-        self._refused = False  # whether the upstream takes no more of it; it may still answer
+        self._refused = False  # whether a part of it could not be sent; the upstream may still answer
         self._patience = settings.body_timeout  # seconds for the client's next MIN_PROGRESS bytes
         self._progress = 0
         self._reusable = False
@@ -1414,28 +1414,26 @@ class Server(http.server.ThreadingHTTPServer):
         """Start a thread for the connection, once there is a place for one."""
         while not self.slots.acquire(timeout=TICK):
             if self.gateway.stopping.rung:
-                return self.shutdown_request(request)
-        try:
-            super().process_request(request, client_address)
-        except BaseException:  # no thread, so nobody who would free the place
-            self.slots.release()
-            raise
+                return self.close_request(request)
+        return super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """At the connection's end, or when no thread could be had for it: the place is free again."""
+        self.slots.release()
+        super().shutdown_request(request)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """In the connection's thread: shake hands, then let the handler talk."""
-        try:
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens wait for 40 ms
-            request.settimeout(self.gateway.settings.handshake_timeout)
-            with self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as tls:
-                tls.do_handshake()  # here the time-out is for the whole of it
-                wire = Wire(tls, ClientLeft)
-                self.wires[wire] = None
-                try:
-                    self.RequestHandlerClass(wire, client_address, self)  # type: ignore[arg-type]
-                finally:
-                    del self.wires[wire]
-        finally:
-            self.slots.release()
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens wait for 40 ms
+        request.settimeout(self.gateway.settings.handshake_timeout)
+        with self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as tls:
+            tls.do_handshake()  # here the time-out is for the whole of it
+            wire = Wire(tls, ClientLeft)
+            self.wires[wire] = None
+            try:
+                self.RequestHandlerClass(wire, client_address, self)  # type: ignore[arg-type] # a Wire for a socket
+            finally:
+                del self.wires[wire]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What clients do to connections is no news.  A fault of ours is, in one line."""
