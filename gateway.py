@@ -72,7 +72,6 @@ __version__ = "1.0.0"
 MAX_HEAD: Final = 32 * 1024  # bytes of a message head: nginx takes 4 x 8 KiB, Node.js 16 KiB
 MAX_TARGET: Final = 8 * 1024  # bytes of a request target: RFC 9112, 3 asks for 8000, nginx takes 8 KiB
 MAX_FIELDS: Final = 100  # fields in a head: as http.client and Apache
-MAX_CHUNK_LINE: Final = 1024  # bytes of a chunk's size and extensions
 MAX_INTERIM: Final = 8  # 1xx answers before the final one
 MAX_KEPT_LINES: Final = 5_000  # audit lines in memory while the log cannot be written, about 1.5 MB
 MAX_LOGGED: Final = 300  # characters of a path or model in the log; so a line fits in PIPE_BUF, 4096 bytes
@@ -428,7 +427,6 @@ class Answer(NamedTuple):
 # What holds for one connection only (RFC 9110, 7.6.1); each side's framing is decided by us.
 HOP_BY_HOP: Final = {b"connection", b"proxy-connection", b"proxy-authenticate", b"keep-alive", b"te", b"trailer",
                      b"transfer-encoding", b"upgrade"}  # fmt: skip
-NEVER_HOP_BY_HOP: Final = {b"host", b"content-length"}  # even where Connection names them
 CREDENTIALS: Final = {b"x-api-key", b"authorization", b"proxy-authorization"}
 REPLACED: Final = {b"host", b"expect", b"x-forwarded-for", b"x-forwarded-proto"}
 IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # RFC 9110, 9.2.2
@@ -440,6 +438,7 @@ _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x
 _FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
 _CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
+_CHUNK_LINE_BEGUN = re.compile(rb"(?:\r(?:\n[^\n]{0,1020})?)?")  # what may still become one
 
 
 def split_head(data: bytes) -> tuple[bytes, bytes] | None:
@@ -450,7 +449,7 @@ def split_head(data: bytes) -> tuple[bytes, bytes] | None:
     head, end, rest = data.partition(b"\r\n\r\n")
     require(not re.search(rb"(?<!\r)\n", head), 400, "a line of the head does not end in CRLF")
     require(len(head.partition(b"\r\n")[0]) <= MAX_TARGET, 414, f"the request line is longer than {MAX_TARGET} bytes")
-    require(len(head) <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
+    require(len(head) <= MAX_HEAD, 431, f"the head, or the trailers, are longer than {MAX_HEAD} bytes")
     return (head, rest) if end else None
 
 
@@ -534,8 +533,9 @@ def keeps_alive(message: Request | Answer) -> bool:
 
 def end_to_end(fields: list[Field], dropped: Iterable[bytes] = ()) -> list[bytes]:
     """The lines that may travel on: neither hop-by-hop, nor named by Connection, nor dropped."""
-    hop_by_hop = (HOP_BY_HOP | list_members(fields, b"connection")) - NEVER_HOP_BY_HOP
-    return [field.line for field in fields if field.name not in hop_by_hop and field.name not in dropped]
+    named = list_members(fields, b"connection") - {b"content-length"}  # which is never for one connection only
+    staying = {*HOP_BY_HOP, *named, *dropped}
+    return [field.line for field in fields if field.name not in staying]
 
 
 def forwarded_head(request: Request, upstream: Upstream, peer: str, dropped: Iterable[bytes]) -> bytes:
@@ -547,10 +547,9 @@ def forwarded_head(request: Request, upstream: Upstream, peer: str, dropped: Ite
         *end_to_end(request.fields, CREDENTIALS | REPLACED | set(dropped)),
         b"X-Forwarded-For: " + b", ".join(hops),
         b"X-Forwarded-Proto: https",
+        *[b"Transfer-Encoding: chunked"] * (request.framing == CHUNKED),
     ]
-    if request.framing == CHUNKED:
-        lines.append(b"Transfer-Encoding: chunked")
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+    return b"\r\n".join([*lines, b"", b""])
 
 
 def answer_head(answer: Answer, added: Iterable[bytes] = (), dropped: Iterable[bytes] = ()) -> bytes:
@@ -558,7 +557,7 @@ def answer_head(answer: Answer, added: Iterable[bytes] = (), dropped: Iterable[b
     if answer.status < 200 or answer.status == 204:
         dropped = {b"content-length", *dropped}  # RFC 9110, 8.6
     lines = [b"HTTP/1.1 %d %b" % (answer.status, answer.reason), *end_to_end(answer.fields, dropped), *added]
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+    return b"\r\n".join([*lines, b"", b""])
 
 
 def presented_keys(fields: list[Field]) -> list[bytes]:
@@ -581,8 +580,7 @@ def _key_in_authorization(value: bytes) -> bytes:
 
 def is_preflight(request: Request) -> bool:
     """Whether a browser asks for leave to send a request; it cannot send a key with the question."""
-    names = {field.name for field in request.fields}
-    return request.method == b"OPTIONS" and {b"origin", b"access-control-request-method"} <= names
+    return request.method == b"OPTIONS" and bool(values(request.fields, b"access-control-request-method"))
 
 
 def preflight_lines(request: Request) -> list[bytes]:
@@ -615,56 +613,39 @@ class BodyReader:
         # Preceded by one CRLF more, each chunk's size line stands between two.
         self.rest = b"\r\n" if framing == CHUNKED else b""
         self.trailers: list[Field] = []
-        self._missing = max(framing, 0)  # bytes, of the body or of the chunk
+        # Bytes, of the body or of the chunk; without an end in sight, more than will ever come.
+        self._missing = sys.maxsize if framing == UNTIL_CLOSE else max(framing, 0)
 
     def feed(self, data: bytes) -> bytes:
         """The content in the connection's next bytes.  Raises ClientError 400 or 431."""
-        if self.framing == UNTIL_CLOSE:
-            return data
-        if self.framing == CHUNKED:
-            return self._feed_chunks(self.rest + data)
-        content, self.rest = data[: self._missing], self.rest + data[self._missing :]
-        self._missing -= len(content)
-        self.done = not self._missing
-        return content
-
-    def end(self) -> bool:
-        """The connection has ended: was the body whole?"""
-        self.done = self.done or self.framing == UNTIL_CLOSE
-        return self.done
-
-    def _feed_chunks(self, data: bytes) -> bytes:
-        """RFC 9112, 7.1.  By position, since one-byte chunks must not cost a copy of the rest each."""
-        content, at = [], 0
-        while True:
+        # By position, since one-byte chunks must not cost a copy of the rest each.
+        content, data, at = [], self.rest + data, 0
+        while not self.done:
             content.append(data[at : at + self._missing])
             at += len(content[-1])
             self._missing -= len(content[-1])
             if self._missing:
                 break
-            size = _CHUNK_LINE.match(data, at)
-            if not size:
-                begun = data[at : at + MAX_CHUNK_LINE]
-                if begun[:2] != b"\r\n"[: len(begun)] or b"\n" in begun[2:] or len(begun) == MAX_CHUNK_LINE:
-                    raise ClientError(400, "a chunk is malformed")
+            if self.framing != CHUNKED:
+                self.done = True
+            elif not (line := _CHUNK_LINE.match(data, at)):
+                require(_CHUNK_LINE_BEGUN.fullmatch(data, at), 400, "a chunk is malformed")
                 break
-            self._missing = int(size[1], 16)
-            if not self._missing:
-                self._read_trailers(data[size.end() - 2 :])
-                break
-            at = size.end()
-        if not self.done:
-            self.rest = data[at:]
+            elif size := int(line[1], 16):
+                self._missing, at = size, line.end()
+            else:  # the last one, and its trailers, have the form of a head (RFC 9112, 7.1)
+                end = split_head(data[at + 2 :])
+                if not end:
+                    break
+                self.trailers = parse_fields(end[0].split(b"\r\n")[1:])
+                self.done, at = True, len(data) - len(end[1])
+        self.rest = data[at:]
         return b"".join(content)
 
-    def _read_trailers(self, data: bytes) -> None:
-        """What follows the last chunk's size: CRLF, field lines, an empty line."""
-        section, end, rest = data.partition(b"\r\n\r\n")
-        if len(section) > MAX_HEAD:
-            raise ClientError(431, f"the trailers are longer than {MAX_HEAD} bytes")
-        if end:
-            self.trailers = parse_fields(section.split(b"\r\n")[1:])
-            self.rest, self.done = rest, True
+    def end(self) -> bool:
+        """The connection has ended: was the body whole?"""
+        self.done = self.done or self.framing == UNTIL_CLOSE
+        return self.done
 
 
 def chunk(content: bytes) -> bytes:
