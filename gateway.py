@@ -72,7 +72,6 @@ __version__ = "1.0.0"
 MAX_HEAD: Final = 32 * 1024  # bytes of a message head: nginx takes 4 x 8 KiB, Node.js 16 KiB
 MAX_TARGET: Final = 8 * 1024  # bytes of a request target: RFC 9112, 3 asks for 8000, nginx takes 8 KiB
 MAX_FIELDS: Final = 100  # fields in a head: as http.client and Apache
-MAX_CHUNK_LINE: Final = 1024  # bytes of a chunk's size and extensions
 MAX_INTERIM: Final = 8  # 1xx answers before the final one
 MAX_KEPT_LINES: Final = 5_000  # audit lines in memory while the log cannot be written, about 1.5 MB
 MAX_LOGGED: Final = 300  # characters of a path or model in the log; so a line fits in PIPE_BUF, 4096 bytes
@@ -89,6 +88,17 @@ NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # it
 
 class OperatorError(Exception):
     """Something that the person who runs the gateway can mend; the text says what and how."""
+
+
+@contextlib.contextmanager
+def explained(failure: str, remedy: str) -> Iterator[None]:
+    """Make of what goes wrong in files and programs an OperatorError: what failed, why, what to do."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, subprocess.SubprocessError) as error:  # an SSLError is an OSError
+        # Never the error's own text: it may quote what it could not read, such as a key.
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
+        raise OperatorError(f"{failure}: {reason}; {remedy}" if reason else f"{failure}; {remedy}") from None
 
 
 class Upstream(NamedTuple):
@@ -141,7 +151,7 @@ class Watched(Generic[T]):
     def refresh(self) -> str | None:
         """Look at the files again; returns news for the operator, None when nothing changed."""
         before, self._seen = self._seen, self._look()
-        if self._seen != before or self._seen == self._used or None in self._seen:
+        if self._seen is None or self._seen != before or self._seen == self._used:
             return None
         self._used = self._seen
         try:
@@ -150,39 +160,27 @@ class Watched(Generic[T]):
             return f"{error} (until then the last good version stays in force)"
         return f"{' and '.join(self._paths)} changed; the new version is in force"
 
-    def _look(self) -> list[str | None]:
-        return [_digest_or_error(path) for path in self._paths]
-
-
-def _digest_or_error(path: str) -> str | None:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:  # without descriptors we cannot know
-        return None if error.errno in NO_ROOM else type(error).__name__
+    def _look(self) -> list[str] | None:
+        """What the files hold, as digests; None where we cannot know, for want of descriptors."""
+        try:
+            return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self._paths]
+        except OSError as error:
+            return None if error.errno in NO_ROOM else [type(error).__name__]
 
 
 def create_file(path: str, content: bytes, mode: int) -> bool:
     """Make a file, whole or not at all; False, and the file untouched, where there is one already."""
-    temporary = f"{path}.{secrets.token_hex(4)}.new"
-    try:
-        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
-            file.write(content)
+    remedy = "start in a directory that you may write to, or name others with --keys, --cert, --cert-key and --log"
+    with explained(f"cannot make {path}", remedy), tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        whole = Path(folder, "whole")  # in a folder that only we can read
+        whole.write_bytes(content)
+        whole.chmod(mode)
         try:
-            os.link(temporary, path)  # which, unlike a rename, never replaces
-        except PermissionError:  # a file system without hard links
+            os.link(whole, path)  # which, unlike a rename, never replaces
+        except OSError:  # the file is there, or the file system has no hard links
             if os.path.lexists(path):
                 return False
-            os.rename(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise OperatorError(
-            f"cannot make {path}: {error.strerror}; start in a directory that you may write to,"
-            " or name other files with --keys, --cert, --cert-key and --log"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            whole.rename(path)
     return True
 
 
@@ -202,9 +200,10 @@ class Key(NamedTuple):
 
 Keys = dict[bytes, Key]  # by SHA-256 digest
 
-KEY_PREFIX: Final = "ztg_"  # by which secret scanners can find a leaked key
 STRONG: Final = 16  # characters; what is shorter can be guessed
 WELL_KNOWN: Final = {"demo-key", "demo-key-0123456789", "replace-me-with-keygen", "your-api-key-here"}
+
+_OPTION = re.compile(r"name=.+|expires=[0-9]{4}-[0-9]{2}-[0-9]{2}")  # newer Pythons read dates in other forms, too
 
 
 def find_key(keys: Keys, presented: Iterable[bytes], today: date) -> Key | None:
@@ -215,14 +214,13 @@ def find_key(keys: Keys, presented: Iterable[bytes], today: date) -> Key | None:
 
 def load_keys(path: str) -> Keys:
     """Read the key file; no file, no keys.  OperatorError names file and line, but never their text."""
-    try:
-        content = Path(path).read_bytes()
+    with explained(f"cannot read {path}", "it must be a text file in UTF-8 that the gateway may read"):
+        try:
+            content = Path(path).read_bytes()
+        except FileNotFoundError:
+            return {}
         utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # from `echo demo-key > keys.txt` in PowerShell
         lines = content.decode("utf-16" if utf16 else "utf-8-sig").split("\n")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise OperatorError(f"cannot read {path}: {getattr(error, 'strerror', 'it is not UTF-8 text')}") from None
     keys: Keys = {}
     for number, line in enumerate(lines, 1):
         words = re.sub(r"(^|\s)#.*", "", line).split()
@@ -236,26 +234,23 @@ def load_keys(path: str) -> Keys:
 
 def _parse_key(words: list[str], where: str) -> tuple[bytes, Key]:
     """One line's words: the key, then name=NAME and expires=YYYY-MM-DD in any order."""
-    secret, options = words[0], dict(word.partition("=")[::2] for word in words[1:])
-    if len(options) < len(words) - 1 or not options.keys() <= {"name", "expires"} or not all(options.values()):
+    secret, *words = words
+    options = dict(word.split("=", 1) for word in words if _OPTION.fullmatch(word))
+    if len(options) < len(words):
         raise OperatorError(f"{where}: after the key, only name=... and expires=YYYY-MM-DD may stand, once each")
-    hashed = re.fullmatch("sha256:([0-9a-fA-F]{64})", secret)
-    if secret.startswith("sha256:") and not hashed:
+    hashed = secret.startswith("sha256:")
+    if hashed and not re.fullmatch("sha256:[0-9a-fA-F]{64}", secret):
         raise OperatorError(f"{where}: behind sha256: there must be 64 hexadecimal digits")
-    digest = bytes.fromhex(hashed[1]) if hashed else hashlib.sha256(secret.encode()).digest()
-    expires = options.get("expires", "9999-12-31")
-    try:
-        # The pattern, because newer Pythons' fromisoformat reads more than this one form.
-        day = date.fromisoformat(expires if re.fullmatch(r"\d{4}-\d\d-\d\d", expires, re.A) else "")
-    except ValueError:
-        raise OperatorError(f"{where}: expires= takes a date like 2027-01-31") from None
+    digest = bytes.fromhex(secret[7:]) if hashed else hashlib.sha256(secret.encode()).digest()
+    with explained(f"{where}: there is no such day", "expires= takes a date like 2027-01-31"):
+        expires = date.fromisoformat(options.get("expires", "9999-12-31"))
     weak = not hashed and (len(secret) < STRONG or secret in WELL_KNOWN)
-    return digest, Key(options.get("name", f"sha256:{digest.hex()[:8]}"), day, weak)
+    return digest, Key(options.get("name", f"sha256:{digest.hex()[:8]}"), expires, weak)
 
 
 def new_key() -> str:
-    """A fresh random key: 43 letters and digits are 256 bits."""
-    return KEY_PREFIX + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(43))
+    """A fresh random key: 43 letters and digits are 256 bits, and by ztg_ secret scanners can find a leaked one."""
+    return "ztg_" + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(43))
 
 
 # --- Certificates ---
@@ -274,14 +269,9 @@ def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     context.num_tickets = 1  # is enough to resume a session; the second one costs 15 % of a handshake
-    try:
+    remedy = "put an unencrypted PEM pair there that belongs together, or move both away to have a new one made"
+    with explained(f"{cert} and {cert_key} are no usable pair of files", remedy):
         context.load_cert_chain(cert, cert_key, password=lambda: b"")  # never ask on the terminal
-    except OSError as error:  # an SSLError is one
-        reason = getattr(error, "reason", None) or error.strerror
-        raise OperatorError(
-            f"{cert} and {cert_key} are no usable pair ({reason}); put an unencrypted PEM pair there that belongs"
-            " together, or move both away to have a new one made"
-        ) from None
     return context
 
 
@@ -289,9 +279,9 @@ def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
     """Make the pair where there is none.  Of two instances at once, one makes it for both."""
     if not os.path.lexists(cert) and not os.path.lexists(cert_key):
         here = re.findall(r"\A[0-9A-Za-z.-]+\Z", socket.gethostname())  # if it is a name at all
-        pair = make_certificate(["localhost", "127.0.0.1", "::1", *here, *names])
-        if create_file(cert_key, pair[1], 0o600):
-            create_file(cert, pair[0], 0o644)
+        certificate, key = make_certificate([*dict.fromkeys(("localhost", "127.0.0.1", "::1", *here, *names))])
+        if create_file(cert_key, key, 0o600):
+            create_file(cert, certificate, 0o644)
     patience = time.monotonic() + 2  # until the other instance has made its second file
     while os.path.lexists(cert_key) and not os.path.lexists(cert) and time.monotonic() < patience:
         time.sleep(0.02)
@@ -302,18 +292,15 @@ def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
 
 def describe_certificate(cert: str, names: Iterable[str]) -> tuple[str, datetime, list[str]]:
     """(SHA-256 fingerprint, end of validity, those of the names that it does not cover)."""
-    begin, end = ssl.PEM_HEADER, ssl.PEM_FOOTER
-    try:
-        pem = Path(cert).read_text().partition(begin)[2].partition(end)[0]
-        der = ssl.PEM_cert_to_DER_cert(begin + pem + end)
+    with explained(f"cannot read the certificate in {cert}", "see that it is there, in PEM"):
+        pem = re.findall(f"(?s){ssl.PEM_HEADER}.+?{ssl.PEM_FOOTER}", Path(cert).read_text("latin-1"))[0]
+        der = ssl.PEM_cert_to_DER_cert(pem)
         # The validity is the only pair of times in it (RFC 5280, 4.1.2.5).  The standard library has
         # no public function that reads a certificate which no peer has presented.
         expiry = re.findall(rb"(?:\x17\r|\x18\x0f)(\d{12}|\d{14})Z", der)[1].decode()
         until = datetime.strptime(("20" + expiry)[-14:] + "+0000", "%Y%m%d%H%M%S%z")
-    except (OSError, ValueError, IndexError):
-        raise OperatorError(f"cannot read the certificate in {cert}; see that it is there, in PEM") from None
     missing = [name for name in names if (_address(name) or name.encode()) not in der]
-    return ":".join(re.findall("..", hashlib.sha256(der).hexdigest().upper())), until, missing
+    return hashlib.sha256(der).digest().hex(":").upper(), until, missing
 
 
 def make_certificate(names: Sequence[str]) -> tuple[bytes, bytes]:
@@ -325,24 +312,23 @@ def make_certificate(names: Sequence[str]) -> tuple[bytes, bytes]:
     except ImportError:
         return _certificate_by_openssl(names)
     key = ec.generate_private_key(ec.SECP256R1())
-    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    public = key.public_key()
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, ISSUER)])
     start = datetime.now(timezone.utc) - timedelta(minutes=5)  # for clients whose clocks are late
     alternatives = [
         x509.IPAddress(ipaddress.ip_address(name)) if _address(name) else x509.DNSName(name)
-        for name in dict.fromkeys(names)
+        for name in names
     ]
-    usage = x509.KeyUsage(True, *[False] * 8)  # digital signature only
     certificate = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        x509.CertificateBuilder(subject, subject, public, x509.random_serial_number())
         .not_valid_before(start)
         .not_valid_after(start + timedelta(DAYS))
         .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
+        .add_extension(x509.KeyUsage(True, *[False] * 8), critical=True)  # digital signature only
         .add_extension(x509.ExtendedKeyUsage([x509.OID_SERVER_AUTH]), critical=False)
-        .add_extension(identifier, critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False)
         .sign(key, hashes.SHA256())
     )
     pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
@@ -350,24 +336,19 @@ def make_certificate(names: Sequence[str]) -> tuple[bytes, bytes]:
 
 
 def _certificate_by_openssl(names: Sequence[str]) -> tuple[bytes, bytes]:
-    alternatives = ",".join(f"{'IP' if _address(name) else 'DNS'}:{name}" for name in dict.fromkeys(names))
+    alternatives = ",".join(f"{'IP' if _address(name) else 'DNS'}:{name}" for name in names)
     # With a configuration of our own, since some systems' own says CA:TRUE as well.
-    configuration = f"""[req]\nprompt = no\ndistinguished_name = dn\nx509_extensions = v3\n[dn]\nCN = {ISSUER}
-[v3]\nsubjectAltName = {alternatives}\nbasicConstraints = critical,CA:FALSE\nextendedKeyUsage = serverAuth
-keyUsage = critical,digitalSignature\nsubjectKeyIdentifier = hash\nauthorityKeyIdentifier = keyid:always\n"""
-    command = "openssl req -x509 -config conf -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -sha256"
-    with tempfile.TemporaryDirectory() as folder:  # which only we can read
-        Path(folder, "conf").write_text(configuration)
-        try:
-            outputs = ["-days", str(DAYS), "-out", "cert", "-keyout", "key"]
-            arguments = [*command.split(), *outputs]
-            subprocess.run(arguments, cwd=folder, check=True, capture_output=True, timeout=30)  # noqa: S603 - all ours
-            return Path(folder, "cert").read_bytes(), Path(folder, "key").read_bytes()
-        except (OSError, subprocess.SubprocessError):
-            raise OperatorError(
-                "no certificate can be made here: install the Python package cryptography or the openssl command,"
-                " or put a cert.pem and key.pem of your own here"
-            ) from None
+    configuration = f"""[req]\nprompt = no\nencrypt_key = no\ndefault_md = sha256\ndistinguished_name = dn
+x509_extensions = v3\n[dn]\nCN = {ISSUER}\n[v3]\nsubjectAltName = {alternatives}\nbasicConstraints = critical,CA:FALSE
+extendedKeyUsage = serverAuth\nkeyUsage = critical,digitalSignature\nsubjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid:always\n"""
+    command = "openssl req -x509 -config conf -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -out cert -keyout key"
+    remedy = "install the Python package cryptography or the openssl command, or put a cert.pem and key.pem here"
+    with explained("no certificate can be made here", remedy), tempfile.TemporaryDirectory() as folder:
+        Path(folder, "conf").write_text(configuration)  # in a folder that only we can read
+        arguments = [*command.split(), "-days", str(DAYS)]
+        subprocess.run(arguments, cwd=folder, check=True, capture_output=True, timeout=30)  # noqa: S603 - all ours
+        return Path(folder, "cert").read_bytes(), Path(folder, "key").read_bytes()
 
 
 def _address(name: str) -> bytes | None:
@@ -430,7 +411,6 @@ class Answer(NamedTuple):
 # What holds for one connection only (RFC 9110, 7.6.1); each side's framing is decided by us.
 HOP_BY_HOP: Final = {b"connection", b"proxy-connection", b"proxy-authenticate", b"keep-alive", b"te", b"trailer",
                      b"transfer-encoding", b"upgrade"}  # fmt: skip
-NEVER_HOP_BY_HOP: Final = {b"host", b"content-length"}  # even where Connection names them
 CREDENTIALS: Final = {b"x-api-key", b"authorization", b"proxy-authorization"}
 REPLACED: Final = {b"host", b"expect", b"x-forwarded-for", b"x-forwarded-proto"}
 IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # RFC 9110, 9.2.2
@@ -442,6 +422,7 @@ _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x
 _FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
 _CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
+_CHUNK_LINE_BEGUN = re.compile(rb"(?:\r(?:\n[^\n]{0,1020})?)?")  # what may still become one
 
 
 def split_head(data: bytes) -> tuple[bytes, bytes] | None:
@@ -452,7 +433,7 @@ def split_head(data: bytes) -> tuple[bytes, bytes] | None:
     head, end, rest = data.partition(b"\r\n\r\n")
     require(not re.search(rb"(?<!\r)\n", head), 400, "a line of the head does not end in CRLF")
     require(len(head.partition(b"\r\n")[0]) <= MAX_TARGET, 414, f"the request line is longer than {MAX_TARGET} bytes")
-    require(len(head) <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
+    require(len(head) <= MAX_HEAD, 431, f"the head, or the trailers, are longer than {MAX_HEAD} bytes")
     return (head, rest) if end else None
 
 
@@ -536,8 +517,9 @@ def keeps_alive(message: Request | Answer) -> bool:
 
 def end_to_end(fields: list[Field], dropped: Iterable[bytes] = ()) -> list[bytes]:
     """The lines that may travel on: neither hop-by-hop, nor named by Connection, nor dropped."""
-    hop_by_hop = (HOP_BY_HOP | list_members(fields, b"connection")) - NEVER_HOP_BY_HOP
-    return [field.line for field in fields if field.name not in hop_by_hop and field.name not in dropped]
+    named = list_members(fields, b"connection") - {b"content-length"}  # which is never for one connection only
+    staying = {*HOP_BY_HOP, *named, *dropped}
+    return [field.line for field in fields if field.name not in staying]
 
 
 def forwarded_head(request: Request, upstream: Upstream, peer: str, dropped: Iterable[bytes]) -> bytes:
@@ -549,10 +531,9 @@ def forwarded_head(request: Request, upstream: Upstream, peer: str, dropped: Ite
         *end_to_end(request.fields, CREDENTIALS | REPLACED | set(dropped)),
         b"X-Forwarded-For: " + b", ".join(hops),
         b"X-Forwarded-Proto: https",
+        *[b"Transfer-Encoding: chunked"] * (request.framing == CHUNKED),
     ]
-    if request.framing == CHUNKED:
-        lines.append(b"Transfer-Encoding: chunked")
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+    return b"\r\n".join([*lines, b"", b""])
 
 
 def answer_head(answer: Answer, added: Iterable[bytes] = (), dropped: Iterable[bytes] = ()) -> bytes:
@@ -560,7 +541,7 @@ def answer_head(answer: Answer, added: Iterable[bytes] = (), dropped: Iterable[b
     if answer.status < 200 or answer.status == 204:
         dropped = {b"content-length", *dropped}  # RFC 9110, 8.6
     lines = [b"HTTP/1.1 %d %b" % (answer.status, answer.reason), *end_to_end(answer.fields, dropped), *added]
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+    return b"\r\n".join([*lines, b"", b""])
 
 
 def presented_keys(fields: list[Field]) -> list[bytes]:
@@ -583,8 +564,7 @@ def _key_in_authorization(value: bytes) -> bytes:
 
 def is_preflight(request: Request) -> bool:
     """Whether a browser asks for leave to send a request; it cannot send a key with the question."""
-    names = {field.name for field in request.fields}
-    return request.method == b"OPTIONS" and {b"origin", b"access-control-request-method"} <= names
+    return request.method == b"OPTIONS" and bool(values(request.fields, b"access-control-request-method"))
 
 
 def preflight_lines(request: Request) -> list[bytes]:
@@ -617,56 +597,39 @@ class BodyReader:
         # Preceded by one CRLF more, each chunk's size line stands between two.
         self.rest = b"\r\n" if framing == CHUNKED else b""
         self.trailers: list[Field] = []
-        self._missing = max(framing, 0)  # bytes, of the body or of the chunk
+        # Bytes, of the body or of the chunk; without an end in sight, more than will ever come.
+        self._missing = sys.maxsize if framing == UNTIL_CLOSE else max(framing, 0)
 
     def feed(self, data: bytes) -> bytes:
         """The content in the connection's next bytes.  Raises ClientError 400 or 431."""
-        if self.framing == UNTIL_CLOSE:
-            return data
-        if self.framing == CHUNKED:
-            return self._feed_chunks(self.rest + data)
-        content, self.rest = data[: self._missing], self.rest + data[self._missing :]
-        self._missing -= len(content)
-        self.done = not self._missing
-        return content
-
-    def end(self) -> bool:
-        """The connection has ended: was the body whole?"""
-        self.done = self.done or self.framing == UNTIL_CLOSE
-        return self.done
-
-    def _feed_chunks(self, data: bytes) -> bytes:
-        """RFC 9112, 7.1.  By position, since one-byte chunks must not cost a copy of the rest each."""
-        content, at = [], 0
-        while True:
+        # By position, since one-byte chunks must not cost a copy of the rest each.
+        content, data, at = [], self.rest + data, 0
+        while not self.done:
             content.append(data[at : at + self._missing])
             at += len(content[-1])
             self._missing -= len(content[-1])
             if self._missing:
                 break
-            size = _CHUNK_LINE.match(data, at)
-            if not size:
-                begun = data[at : at + MAX_CHUNK_LINE]
-                if begun[:2] != b"\r\n"[: len(begun)] or b"\n" in begun[2:] or len(begun) == MAX_CHUNK_LINE:
-                    raise ClientError(400, "a chunk is malformed")
+            if self.framing != CHUNKED:
+                self.done = True
+            elif not (line := _CHUNK_LINE.match(data, at)):
+                require(_CHUNK_LINE_BEGUN.fullmatch(data, at), 400, "a chunk is malformed")
                 break
-            self._missing = int(size[1], 16)
-            if not self._missing:
-                self._read_trailers(data[size.end() - 2 :])
-                break
-            at = size.end()
-        if not self.done:
-            self.rest = data[at:]
+            elif size := int(line[1], 16):
+                self._missing, at = size, line.end()
+            else:  # the last one, and its trailers, have the form of a head (RFC 9112, 7.1)
+                end = split_head(data[at + 2 :])
+                if not end:
+                    break
+                self.trailers = parse_fields(end[0].split(b"\r\n")[1:])
+                self.done, at = True, len(data) - len(end[1])
+        self.rest = data[at:]
         return b"".join(content)
 
-    def _read_trailers(self, data: bytes) -> None:
-        """What follows the last chunk's size: CRLF, field lines, an empty line."""
-        section, end, rest = data.partition(b"\r\n\r\n")
-        if len(section) > MAX_HEAD:
-            raise ClientError(431, f"the trailers are longer than {MAX_HEAD} bytes")
-        if end:
-            self.trailers = parse_fields(section.split(b"\r\n")[1:])
-            self.rest, self.done = rest, True
+    def end(self) -> bool:
+        """The connection has ended: was the body whole?"""
+        self.done = self.done or self.framing == UNTIL_CLOSE
+        return self.done
 
 
 def chunk(content: bytes) -> bytes:
@@ -722,19 +685,19 @@ def token_counts(content_type: bytes, answer: Excerpt) -> Counts:
             if prompt or response:  # Ollama's /v1/completions says 0 and 0 until it knows
                 # llama.cpp counts an Anthropic prompt in message_start, and nowhere else.
                 begun = [line for line in answer.head.splitlines() if _ESTIMATE in line]
-                estimates = [_counts(usage)[0] for line in begun for usage in _usages(line)]
-                return prompt if prompt is not None or not estimates else estimates[0], response
+                estimates = (_counts(usage)[0] for line in begun for usage in _usages(line))
+                return next(estimates, None) if prompt is None else prompt, response
     return None, None
 
 
 def _counts(usage: dict[str, Any]) -> Counts:
     numbers = {name: n for name, n in usage.items() if type(n) is int and 0 <= n < 2**53}
     if "input_tokens" in numbers:  # Anthropic leaves what was cached out of it
-        numbers["input_tokens"] += numbers.get("cache_read_input_tokens", 0)
-        numbers["input_tokens"] += numbers.get("cache_creation_input_tokens", 0)
-    prompts = [numbers.get(name) for name in ("prompt_eval_count", "prompt_tokens", "input_tokens")]
-    responses = [numbers.get(name) for name in ("eval_count", "completion_tokens", "output_tokens")]
-    return tuple(next((n for n in found if n is not None), None) for found in (prompts, responses))  # type: ignore[return-value]
+        cached = ("cache_read_input_tokens", "cache_creation_input_tokens")
+        numbers["input_tokens"] += sum(numbers.get(name, 0) for name in cached)
+    prompts = (numbers[name] for name in ("prompt_eval_count", "prompt_tokens", "input_tokens") if name in numbers)
+    responses = (numbers[name] for name in ("eval_count", "completion_tokens", "output_tokens") if name in numbers)
+    return next(prompts, None), next(responses, None)
 
 
 def _usages(document: bytes) -> Iterator[dict[str, Any]]:
