@@ -171,7 +171,7 @@ class Watched(Generic[T]):
 def create_file(path: str, content: bytes, mode: int) -> bool:
     """Make a file, whole or not at all; False, and the file untouched, where there is one already."""
     remedy = "start in a directory that you may write to, or name others with --keys, --cert, --cert-key and --log"
-    with explained(f"cannot make {path}", remedy), tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+    with explained(f"cannot make {path}", remedy), tempfile.TemporaryDirectory(".new", dir=Path(path).parent) as folder:
         whole = Path(folder, "whole")  # in a folder that only we can read
         whole.write_bytes(content)
         whole.chmod(mode)
@@ -655,6 +655,7 @@ MAX_TRIES: Final = 16  # members looked at in one document
 _COUNTED = re.compile(rb'"(?:prompt_eval_count|eval_count|usage)"[ \t\r\n]*:')
 _MODEL = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*"(?:[^"\\]|\\.)*"')
 _ESTIMATE = b'"message_start"'
+_LAST_WORD = re.compile(rb'\Adata: \[DONE\]\Z|"type": ?"(?:message_stop|response\.completed)"|"done": ?true')
 
 Counts = tuple[Optional[int], Optional[int]]
 
@@ -709,6 +710,11 @@ def _usages(document: bytes) -> Iterator[dict[str, Any]]:
             usage = members.get("usage", members) if isinstance(members, dict) else None
             if usage and isinstance(usage, dict):
                 yield usage
+
+
+def has_said_all(answer: Excerpt) -> bool:
+    """Whether the last line of a stream is its last word, on which clients leave without awaiting the body's end."""
+    return bool(_LAST_WORD.search(answer.tail.rstrip().rpartition(b"\n")[2]))
 
 
 def model_name(request: Excerpt) -> str | None:
@@ -1314,7 +1320,12 @@ class Handler(socketserver.BaseRequestHandler):
             self._send(data)  # first the head with what content is there: one TLS record, one packet
             if body.done:
                 return keep and exchange.request_body.done
-            content, data = exchange.read(), b""
+            try:
+                content, data = exchange.read(), b""
+            except ClientLeft:
+                if has_said_all(exchange.received):
+                    return False  # and the status stays what it was
+                raise
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer with an error; what is half answered is broken off, for it must not look whole."""

@@ -480,6 +480,27 @@ def test_a_client_that_leaves_frees_the_upstream_within_a_second(
     assert gate.log(1)[0]["status"] == 499
 
 
+@pytest.mark.parametrize(("last", "status"), [
+    ("data: [DONE]", 200), ('data: {"type":"message_stop"}', 200), ('{"response":"","done":true,"eval_count":5}', 200),
+    ('data: {"choices":[]}', 499), ('{"response":"\\"done\\": true","done":false}', 499),
+])  # fmt: skip
+def test_a_client_that_leaves_on_the_last_word_has_had_its_answer(
+    gate: RunningGateway, upstream: FakeUpstream, last: str, status: int
+) -> None:
+    """SDKs close the connection when a stream says [DONE], not when its body ends."""
+    def stream(sock: socket.socket, _: Message) -> None:
+        sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + gateway.chunk(f"{last}\n\n".encode()))
+        leaves(sock)
+
+    upstream.script = stream
+    with gate.connect() as sock:
+        sock.sendall(request(body=b"{}"))
+        reader = Reader(sock)
+        while last not in reader.line().decode():
+            pass
+    assert gate.log(1)[0]["status"] == status
+
+
 def test_two_commands_of_the_readme_show_it_all(start: Callable[..., RunningGateway]) -> None:
     """403, 200, a stream, and lines with tokens in the log: --demo is enough to see them."""
     demo = start("--demo", keys="demo-key\n")
