@@ -161,6 +161,10 @@ class FakeUpstream:
         threading.Thread(target=self.accept, daemon=True).start()
 
     def reset(self) -> None:
+        for reader in self.readers:  # what a gateway kept open for the test before is not for this one
+            with contextlib.suppress(OSError):
+                reader.sock.shutdown(socket.SHUT_RDWR)
+        self.readers.clear()
         self.script: Script = ok(b"{}")
         self.raw: Callable[[socket.socket], Any] | None = None  # instead of reading requests
         self.received: list[Message] = []
