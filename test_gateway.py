@@ -1983,8 +1983,8 @@ def test_real_clients_talk_to_a_real_model(llama: str, start: Callable[..., Runn
     assert len(parts) > 1
 
     claude = anthropic.Anthropic(base_url=url, api_key=KEY).messages
-    message = claude.create(model="smollm2", messages=hello, max_tokens=24, temperature=0)
-    with claude.stream(model="smollm2", messages=hello, max_tokens=24, temperature=0) as events:
+    message = claude.create(model="smollm2", messages=hello, max_tokens=24, extra_body={"temperature": 0})
+    with claude.stream(model="smollm2", messages=hello, max_tokens=24, extra_body={"temperature": 0}) as events:
         assert len(list(events.text_stream)) > 1
         streamed = events.get_final_message()
 
