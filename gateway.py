@@ -518,8 +518,8 @@ def keeps_alive(message: Request | Answer) -> bool:
 def end_to_end(fields: list[Field], dropped: Iterable[bytes] = ()) -> list[bytes]:
     """The lines that may travel on: neither hop-by-hop, nor named by Connection, nor dropped."""
     named = list_members(fields, b"connection") - {b"content-length"}  # which is never for one connection only
-    staying = {*HOP_BY_HOP, *named, *dropped}
-    return [field.line for field in fields if field.name not in staying]
+    left_out = {*HOP_BY_HOP, *named, *dropped}
+    return [field.line for field in fields if field.name not in left_out]
 
 
 def forwarded_head(request: Request, upstream: Upstream, peer: str, dropped: Iterable[bytes]) -> bytes:
@@ -1438,6 +1438,7 @@ DEMO_TEXT: Final = (
     " The rest is real: TLS, your key, a stream, and a line in the audit log."
 )
 DEMO_PACE: Final = 0.03  # seconds a word
+DEMO_KEPT: Final = 256 * 1024  # bytes of a question that are looked at
 
 
 class DemoUpstream(http.server.BaseHTTPRequestHandler):
@@ -1460,7 +1461,7 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         fields = [Field(name.lower().encode(), value.encode("latin-1"), b"") for name, value in self.headers.items()]
         body, content = BodyReader(body_framing(fields, b"1.1", 0)), b""
         while not body.done and (data := self.rfile.read1(READ_SIZE)):
-            content += body.feed(data)
+            content = (content + body.feed(data))[:DEMO_KEPT]
         asked = {"model": "demo", "stream": self.path.startswith("/api/"), **_json_object(content)}
         if self.path == "/v1/chat/completions":
             self._answer("text/event-stream" if asked["stream"] else "application/json", demo_openai(asked))

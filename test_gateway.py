@@ -1912,6 +1912,15 @@ def test_the_demo_answers_the_rest_of_its_api(start: Callable[..., RunningGatewa
     assert gate.lines()[9]["response_tokens"] == gate.lines()[3]["response_tokens"] == len(gateway.DEMO_TEXT.split())
 
 
+@linux
+def test_a_large_question_takes_no_memory_in_the_demo(start: Callable[..., RunningGateway]) -> None:
+    gate = start("--demo")
+    gate.ask("/api/chat", b"{}")
+    before = memory(gate)
+    assert gate.ask("/api/chat", b'{"model":"x","prompt":"' + b"x" * 60_000_000).status == 200
+    assert memory(gate) - before < 8_000_000
+
+
 # --- Around it ---
 
 
