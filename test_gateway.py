@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -1505,6 +1507,165 @@ def test_an_https_upstream_with_a_prefix(tmp_path: Path, start: Callable[..., Ru
     distrusting = start("--upstream", url, folder=tmp_path / "third")
     answer = distrusting.ask("/x")
     assert (answer.status, "self-signed certificate" in str(answer.body).replace("self signed", "self-signed")) == (502, True)
+
+
+# --- Relay ---
+
+
+def head_of_stream(sock: socket.socket) -> None:
+    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n")
+
+
+SYSTEMS = {"as Linux": "", "as macOS": "del select.epoll", "as Windows": "del select.epoll, select.poll, select.POLLRDHUP"}
+
+
+@pytest.fixture(params=SYSTEMS.values(), ids=SYSTEMS.keys())
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path, start: Callable[..., RunningGateway]) -> RunningGateway:
+    """A gateway that finds what this or another system has to wait with."""
+    program = tmp_path / "program.py"
+    gone = request.param if all(hasattr(select, name) for name in re.findall(r"select\.(\w+)", request.param)) else ""
+    program.write_text(f"import runpy, select\n{gone}\nrunpy.run_path({str(HERE / 'gateway.py')!r}, run_name='__main__')\n")
+    return start("--upstream-timeout", "2", "--write-timeout", "2", program=program)
+
+
+def test_every_stream_gets_its_own_tokens_and_no_other(anywhere: RunningGateway, upstream: FakeUpstream) -> None:
+    """Forty at once, and none ends before all have begun."""
+    all_begun = threading.Barrier(40)
+
+    def count(sock: socket.socket, message: Message) -> None:
+        head_of_stream(sock)
+        for number in range(50):
+            sock.sendall(gateway.chunk(b"%b %d\n" % (message.head[0].split()[1], number)))
+            if number == 25:
+                all_begun.wait(PATIENCE)
+        sock.sendall(b"0\r\n\r\n")
+
+    upstream.script = count
+    with ThreadPoolExecutor(40) as clients:
+        answers = list(clients.map(lambda number: anywhere.ask(f"/{number}"), range(40)))
+    for number, answer in enumerate(answers):
+        assert (answer.whole, answer.body) == (True, b"".join(b"/%d %d\n" % (number, token) for token in range(50)))
+    assert {line["status"] for line in anywhere.log(40)} == {200}
+
+
+def test_a_client_that_reads_slowly_gets_all_and_holds_up_nobody(anywhere: RunningGateway, upstream: FakeUpstream) -> None:
+    large = bytes(range(256)) * 80_000  # more than all buffers on its way hold
+
+    def answer(sock: socket.socket, message: Message) -> None:
+        sock.sendall(ok(large if b"/large" in message.head[0] else b"quick"))
+
+    upstream.script = answer
+    with anywhere.connect() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        slow.sendall(request("/large"))
+        reader = Reader(slow)
+        assert reader.line() == b"HTTP/1.1 200 OK\r\n"
+        began = time.monotonic()
+        assert anywhere.ask("/small").body == b"quick"
+        assert time.monotonic() - began < 1.0
+        while reader.line() != b"\r\n":
+            pass
+        assert reader.read(len(large)) == large
+
+
+def test_silence_in_a_stream_breaks_it_off(anywhere: RunningGateway, upstream: FakeUpstream) -> None:
+    def fall_silent(sock: socket.socket, _: Message) -> None:
+        head_of_stream(sock)
+        sock.sendall(gateway.chunk(b"{}\n"))
+        assert leaves(sock) or leaves(sock) or leaves(sock)
+
+    upstream.script = fall_silent
+    answer = anywhere.ask()
+    assert (answer.body, answer.whole) == (b"{}\n", False)
+    assert anywhere.log(1)[0]["status"] == 504
+
+
+def test_a_client_that_does_not_read_is_left(anywhere: RunningGateway, upstream: FakeUpstream) -> None:
+    freed = threading.Event()
+
+    def flood(sock: socket.socket, _: Message) -> None:
+        try:
+            sock.sendall(ok(b"x" * 50_000_000))
+        except OSError:
+            freed.set()
+
+    upstream.script = flood
+    with anywhere.connect() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall(request())
+        assert freed.wait(PATIENCE)
+    assert anywhere.log(1)[0]["status"] == 499
+
+
+def test_an_answer_may_begin_before_its_request_ends(anywhere: RunningGateway, upstream: FakeUpstream) -> None:
+    """Each piece of the answer waits for a piece of the request, and the other way round."""
+    def echo(sock: socket.socket) -> None:
+        reader = Reader(sock)
+        while reader.line() != b"\r\n":
+            pass
+        head_of_stream(sock)
+        for _ in range(5):
+            sock.sendall(gateway.chunk(reader.read(10)))
+        sock.sendall(b"0\r\n\r\n")
+        reader.rest()
+
+    upstream.raw = echo
+    with anywhere.connect() as sock:
+        sock.sendall(request("/", b"", "Content-Length: 50"))
+        reader = Reader(sock)
+        for number in range(5):
+            sock.sendall(b"%d" % number * 10)
+            while (line := reader.line()) != b"%d" % number * 10 + b"\r\n":
+                assert line
+        assert reader.line() == b"0\r\n"
+    assert anywhere.log(1)[0]["status"] == 200
+
+
+@linux
+def test_a_client_that_leaves_behind_unread_requests_frees_the_upstream(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    """More than is read ahead, so that only the kernel can tell that the client has left."""
+    freed = threading.Event()
+
+    def think(sock: socket.socket, _: Message) -> None:
+        head_of_stream(sock)
+        sock.sendall(gateway.chunk(b"{}\n"))
+        if leaves(sock) or leaves(sock):
+            freed.set()
+
+    upstream.script = think
+    with gate.connect() as sock:
+        sock.sendall(request() * 1500)
+        assert sock.recv(1)
+    assert freed.wait(PATIENCE)
+    assert gate.log(1)[0]["status"] == 499
+
+
+@linux
+def test_idle_streams_cost_nothing(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
+    done = threading.Event()
+
+    def think(sock: socket.socket, _: Message) -> None:
+        head_of_stream(sock)
+        sock.sendall(gateway.chunk(b"{}\n"))
+        done.wait(PATIENCE)
+        sock.sendall(b"0\r\n\r\n")
+
+    gate, upstream.script = start(), think
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(gate.connect()) for _ in range(50)]
+        for client in clients:
+            client.sendall(request())
+        for client in clients:
+            assert client.recv(1)
+        before = cpu_seconds(gate)
+        time.sleep(1.0)  # the time over which its CPU use is measured
+        assert cpu_seconds(gate) - before < 0.1
+        done.set()
+        for client in clients:
+            found = b""
+            while not found.endswith(b"0\r\n\r\n"):
+                found += client.recv(65536)
+    assert {line["status"] for line in gate.log(50)} == {200}
 
 
 # --- Handler ---
