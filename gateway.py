@@ -949,10 +949,14 @@ class Wire:
     def _more(self) -> bytes:
         """Behind that many bytes there mostly are more; taken together they cost a third less CPU per MB."""
         pieces, size = [], READ_SIZE - TLS_RECORD
-        with contextlib.suppress(OSError):  # there are none, or the next read will fail, too
+        try:
             while size >= TLS_RECORD:
                 pieces.append(self._read(size))
                 size -= max(len(pieces[-1]), TLS_RECORD)
+        except _NOT_NOW:
+            pass
+        except OSError as error:
+            self._read = functools.partial(_fail, error)  # the system would say it once, and then that this is the end
         return b"".join(pieces)
 
     def receive_until(self, deadline: float) -> bytes:
@@ -1017,6 +1021,10 @@ class Wire:
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
+def _fail(error: OSError, _: int) -> bytes:
+    raise error
+
+
 class Bell:
     """Wakes every thread that watches its wire, beside other things."""
 
@@ -1043,7 +1051,8 @@ class SelectPoll:
 
     def poll(self, milliseconds: float) -> list[tuple[int, int]]:
         """[(descriptor, events)], when something happened or the time is over."""
-        reading, writing = ([fd for fd, events in self._watched.items() if events & event] for event in (READ, WRITE))
+        watched = list(self._watched.items())  # at once: other threads may change it
+        reading, writing = ([fd for fd, events in watched if events & event] for event in (READ, WRITE))
         reading, writing, _ = select.select(reading, writing, [], milliseconds / 1000)
         return [(fd, READ) for fd in reading] + [(fd, WRITE) for fd in writing]
 
@@ -1404,9 +1413,8 @@ class Relay:
         self._loans.add(loan)
         if not self._epoll:
             self._bell.ring()  # only epoll minds what is added while it waits
-        TURN.give_up()
-        loan.ended.acquire()
-        TURN.take()
+        with TURN.given_up():
+            loan.ended.acquire()
         if loan.failure:
             raise loan.failure
 

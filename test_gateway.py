@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -1306,6 +1307,19 @@ def test_a_broken_answer_never_looks_whole(gate: RunningGateway, upstream: FakeU
     assert not clean_end or (b"HTTP/1.1 502 " in final and set(json.loads(final.partition(b"\r\n\r\n")[2])) == {"error"})
     assert b"Set-Cookie" not in found
     assert not found.endswith(b"0\r\n\r\n")
+    assert gate.log(1)[0]["status"] == 502
+
+
+@pytest.mark.parametrize("size", [100, 16_384, 16_385, 30_000, 65_536, 100_000])
+def test_a_reset_is_no_end(gate: RunningGateway, upstream: FakeUpstream, size: int) -> None:
+    """Only the connection's end could tell that such an answer is whole; the system reports a reset only once."""
+    def send_and_reset(sock: socket.socket, _: Message) -> None:
+        sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * size)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+
+    upstream.script = send_and_reset
+    assert not gate.ask().whole
     assert gate.log(1)[0]["status"] == 502
 
 
