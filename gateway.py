@@ -74,7 +74,7 @@ MAX_FIELDS: Final = 100  # fields in a head: as http.client and Apache
 MAX_INTERIM: Final = 8  # 1xx answers before the final one
 MAX_KEPT_LINES: Final = 5_000  # audit lines in memory while the log cannot be written, about 1.5 MB
 MAX_LOGGED: Final = 128  # characters of what a client wrote into the log, 12 bytes each; a line fits in PIPE_BUF
-READ_SIZE: Final = 64 * 1024  # bytes moved at a time
+READ_SIZE: Final = 256 * 1024  # bytes a read, where many come: 10 % less CPU per MB than 64 KiB
 TLS_RECORD: Final = 16 * 1024  # bytes that the largest one holds: RFC 8446, 5.1
 READ_AHEAD: Final = 64 * 1024  # bytes of pipelined requests held while one is being answered
 MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that renew --body-timeout
@@ -928,9 +928,11 @@ class Wire:
         sock.setblocking(False)
         self.sock, self.failure = sock, failure
         self.descriptor = sock.fileno()
-        # recv() and send() of an SSLSocket are these two, with more checks before.
-        self._read: Callable[[int], bytes] = sock.read if isinstance(sock, ssl.SSLSocket) else sock.recv
-        self._write: Callable[[bytes | memoryview], int] = sock.write if isinstance(sock, ssl.SSLSocket) else sock.send
+        self._read: Callable[[int], bytes] = sock.recv
+        self._write: Callable[[bytes | memoryview], int] = sock.send
+        self._size, self._most = TLS_RECORD, READ_SIZE  # bytes of the next read; of any
+        if isinstance(sock, ssl.SSLSocket):  # whose recv() and send() are these two, with more checks before
+            self._read, self._write, self._most = sock.read, sock.write, TLS_RECORD
         self.ahead = b""  # what was read and not used yet
 
     def receive(self) -> bytes | None:
@@ -939,20 +941,20 @@ class Wire:
         As nothing less than a whole TLS record is read, none of its bytes stay behind, where no poll can see them.
         """
         try:
-            data = self._read(TLS_RECORD)
+            data = self._read(self._size)
         except _NOT_NOW:
             return None
         except OSError:
             raise self.failure() from None
-        return data if len(data) < TLS_RECORD else data + self._more()
+        self._size = self._most if len(data) >= TLS_RECORD else TLS_RECORD  # since room costs, too
+        return data if len(data) != TLS_RECORD else data + self._more()
 
     def _more(self) -> bytes:
-        """Behind that many bytes there mostly are more; taken together they cost a third less CPU per MB."""
-        pieces, size = [], READ_SIZE - TLS_RECORD
+        """Behind a full record there mostly are others; taken together they cost a third less CPU per MB."""
+        pieces: list[bytes] = []
         try:
-            while size >= TLS_RECORD:
-                pieces.append(self._read(size))
-                size -= max(len(pieces[-1]), TLS_RECORD)
+            while len(pieces) < 3:
+                pieces.append(self._read(TLS_RECORD))
         except _NOT_NOW:
             pass
         except OSError as error:
