@@ -795,7 +795,6 @@ class LogFile:
         self.path = path
         self.lock = threading.Lock()
         self.file: io.FileIO | None = None
-        self.status: os.stat_result  # of that file
         self.kept: deque[bytes] = deque()
         self.written = 0  # bytes of the first kept line that are in the file
         self.whole = True  # as the operator was told, see log_news

@@ -1533,7 +1533,7 @@ def head_of_stream(sock: socket.socket) -> None:
 SYSTEMS = {"as Linux": "", "as macOS": "del select.epoll", "as Windows": "del select.epoll, select.poll, select.POLLRDHUP"}
 
 
-@pytest.fixture(params=SYSTEMS.values(), ids=SYSTEMS.keys())
+@pytest.fixture(params=list(SYSTEMS.values()), ids=list(SYSTEMS))
 def anywhere(request: pytest.FixtureRequest, tmp_path: Path, start: Callable[..., RunningGateway]) -> RunningGateway:
     """A gateway that finds what this or another system has to wait with."""
     program = tmp_path / "program.py"
