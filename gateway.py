@@ -1381,7 +1381,7 @@ def _upstreams(rule: Callable[..., T], *arguments: Any) -> T:
 # Threads work, one selector waits.  A stream needs its thread at its beginning and its end; between
 # them it is the same small step for every token, and to wake a thread costs more than the step.  So the
 # thread lends its exchange and sleeps, and one thread makes the steps of all: of 256 streams of 50 tokens/s,
-# a token then costs a third of the CPU, of 1000 a fifth.  A slow client's stream waits in there like any other.
+# a token then costs less than half the CPU.  A slow client's stream waits in there like any other.
 
 
 class Loan:
