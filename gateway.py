@@ -1466,8 +1466,9 @@ class Relay:
             self._poll.register(wire.descriptor, new)
             self._handlers[wire.descriptor] = handler
         elif old and not new:
-            self._poll.unregister(wire.descriptor)
-            del self._handlers[wire.descriptor]
+            with contextlib.suppress(OSError, KeyError):  # it was not, if the system refused to watch it
+                self._poll.unregister(wire.descriptor)
+            self._handlers.pop(wire.descriptor, None)
         elif new != old:
             self._poll.modify(wire.descriptor, new)
 
@@ -1510,8 +1511,8 @@ class Handler(socketserver.BaseRequestHandler):
         wire, stopping, deadline = self.wire, self.gateway.stopping, time.monotonic() + seconds
         with contextlib.suppress(ClientLeft):
             while (left := deadline - time.monotonic()) > 0 and not stopping.rung and not self._log_is_full():
-                while wire.ahead.startswith(b"\r\n"):
-                    wire.ahead = wire.ahead[2:]  # RFC 9112, 2.2
+                if wire.ahead.startswith(b"\r\n"):  # RFC 9112, 2.2
+                    wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # all at once, for there may be many
                 if wire.ahead not in (b"", b"\r"):
                     return True
                 wait(left, (wire, READ), (stopping.wire, READ))

@@ -1635,6 +1635,26 @@ def test_an_answer_may_begin_before_its_request_ends(anywhere: RunningGateway, u
     assert anywhere.log(1)[0]["status"] == 200
 
 
+def test_a_body_that_drips_while_the_answer_runs_does_not_hold_a_connection(
+    start: Callable[..., RunningGateway], upstream: FakeUpstream
+) -> None:
+    """The client has its answer's beginning, and goes on sending a byte now and then."""
+    def answer_early(sock: socket.socket) -> None:
+        sock.recv(65536)
+        head_of_stream(sock)
+        sock.sendall(gateway.chunk(b"{}\n"))
+        Reader(sock).rest()
+
+    gate, upstream.raw = start("--body-timeout", "1"), answer_early
+    with gate.connect() as sock:
+        began = time.monotonic()
+        sock.sendall(request("/", b"x", "Content-Length: 1000"))
+        assert Reader(sock).line() == b"HTTP/1.1 200 OK\r\n"
+        drip(sock, b"x" * 1000, seconds=8)
+        assert time.monotonic() - began < 5
+    assert gate.log(1)[0]["status"] == 408
+
+
 @linux
 def test_a_client_that_leaves_behind_unread_requests_frees_the_upstream(gate: RunningGateway, upstream: FakeUpstream) -> None:
     """More than is read ahead, so that only the kernel can tell that the client has left."""
@@ -1652,6 +1672,11 @@ def test_a_client_that_leaves_behind_unread_requests_frees_the_upstream(gate: Ru
         assert sock.recv(1)
     assert freed.wait(PATIENCE)
     assert gate.log(1)[0]["status"] == 499
+
+
+def cpu_seconds(gate: RunningGateway) -> float:
+    fields = Path(f"/proc/{gate.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @linux
@@ -1886,6 +1911,18 @@ def test_empty_lines_do_not_hold_a_connection(gate: RunningGateway) -> None:
     assert time.monotonic() - began < 4
 
 
+@linux
+def test_empty_lines_cost_no_time(start: Callable[..., RunningGateway]) -> None:
+    """Before a key is seen, megabytes of them must not keep the gateway from its work."""
+    gate = start()
+    gate.ask("/warm")
+    before = cpu_seconds(gate)
+    with gate.connect() as sock:
+        sock.sendall(b"\r\n" * 2_000_000 + request())
+        assert Reader(sock).message(answer_to="POST").status == 200
+    assert cpu_seconds(gate) - before < 0.5
+
+
 @pytest.mark.parametrize(("value", "status"), [(" " * 30_000 + "\x01", 400), ("x" + " " * 30_000 + "x", 200)])
 def test_blanks_cost_no_time(gate: RunningGateway, upstream: FakeUpstream, value: str, status: int) -> None:
     began = time.monotonic()
@@ -1919,11 +1956,6 @@ def test_without_descriptors_it_pauses_and_recovers(start: Callable[..., Running
     for client in crowd:
         client.close()
     assert gate.ask("/2").status == 200
-
-
-def cpu_seconds(gate: RunningGateway) -> float:
-    fields = Path(f"/proc/{gate.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory(gate: RunningGateway) -> int:
