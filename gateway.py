@@ -538,13 +538,13 @@ def end_to_end(fields: Fields, dropped: set[bytes]) -> list[bytes]:
     return [line for name, line in fields.lines if name not in dropped and name not in named]
 
 
-def forwarded_head(request: Request, upstream: Upstream, peer: str, dropped: set[bytes]) -> bytes:
-    """The request's head as the upstream sees it: without credentials, with who asked."""
+def forwarded_head(request: Request, upstream: Upstream, peer: str, without: bytes = b"") -> bytes:
+    """The request's head as the upstream sees it: without credentials and, maybe, one more field; with who asked."""
     hops = [*request.fields.get(b"x-forwarded-for", ()), peer.encode()]
     lines = [
         b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target),
         b"Host: " + upstream.authority.encode(),
-        *end_to_end(request.fields, dropped),
+        *end_to_end(request.fields, NOT_FORWARDED | {without} if without else NOT_FORWARDED),
         b"X-Forwarded-For: " + b", ".join(hops),
         b"X-Forwarded-Proto: https",
     ]
@@ -553,8 +553,9 @@ def forwarded_head(request: Request, upstream: Upstream, peer: str, dropped: set
     return b"\r\n".join([*lines, b"", b""])
 
 
-def answer_head(answer: Answer, added: Iterable[bytes] = (), dropped: set[bytes] = HOP_BY_HOP) -> bytes:
-    """The answer's head as the client sees it: the upstream's own lines, then ours."""
+def answer_head(answer: Answer, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
+    """The answer's head as the client sees it: the upstream's own lines, maybe without one field; then ours."""
+    dropped = HOP_BY_HOP | {without} if without else HOP_BY_HOP
     if answer.status < 200 or answer.status == 204:
         dropped = dropped | {b"content-length"}  # RFC 9110, 8.6
     lines = [b"HTTP/1.1 %d %b" % (answer.status, answer.reason), *end_to_end(answer.fields, dropped), *added]
@@ -1578,8 +1579,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _forward(self, request: Request) -> bool:
         """Send the request on and its answer back; True if the connection can carry another."""
-        dropped = NOT_FORWARDED | {b"origin"} if self.cors else NOT_FORWARDED  # Ollama would refuse it
-        head = forwarded_head(request, self.settings.upstream, self.peer, dropped)
+        without = b"origin" if self.cors else b""  # Ollama would refuse it
+        head = forwarded_head(request, self.settings.upstream, self.peer, without)
         exchange = Exchange(self.gateway.pool, self.wire, request, head, self.settings)
         content_type = b""
         try:
@@ -1605,8 +1606,7 @@ class Handler(socketserver.BaseRequestHandler):
         chunked = answer.framing < 0 and request.version == b"1.1"
         keep = keeps_alive(request) and not self.gateway.stopping.rung
         added = [*self.cors, *[b"Transfer-Encoding: chunked"] * chunked, *[b"Connection: close"] * (not keep)]
-        dropped = HOP_BY_HOP | {b"access-control-allow-origin"} if self.cors else HOP_BY_HOP
-        head = answer_head(answer, added, dropped)
+        head = answer_head(answer, added, without=b"access-control-allow-origin" if self.cors else b"")
         exchange.begin_answer(answer, head, chunked)
         self.answering = True
         try:

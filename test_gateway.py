@@ -1419,7 +1419,7 @@ class KeptExchange:
         pool.give_back(gateway.Wire(self.near, lambda: gateway.UpstreamError(502, "it broke")))
         wire.ahead = b"x" * size
         post = gateway.parse_request(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d" % size)
-        self.way = gateway.Exchange(pool, wire, post, gateway.forwarded_head(post, settings.upstream, "::1", set()), settings)
+        self.way = gateway.Exchange(pool, wire, post, gateway.forwarded_head(post, settings.upstream, "::1"), settings)
 
     def answer(self) -> bytes:
         self.way.begin_answer(self.way.read_head(), b"", chunked=False)
