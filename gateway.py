@@ -37,8 +37,8 @@ import http.client
 import http.server
 import io
 import ipaddress
-import itertools
 import json
+import math
 import os
 import queue
 import re
@@ -56,7 +56,7 @@ import threading
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
 from http import HTTPStatus
 from pathlib import Path
@@ -78,10 +78,10 @@ TLS_RECORD: Final = 16 * 1024  # bytes that the largest one holds: RFC 8446, 5.1
 READ_AHEAD: Final = 64 * 1024  # bytes of pipelined requests held while one is being answered
 MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that renew --body-timeout
 CONNECT_TIMEOUT: Final = 5.0  # seconds to reach the upstream
+IDLE_THREAD: Final = 2.0
 POOL_SIZE: Final = 64  # idle upstream connections
 POOL_SECONDS: Final = 4.0  # for which they are kept: uvicorn and llama.cpp close theirs after 5
 LINGER: Final = 2.0  # seconds in which a refused client may finish sending and read why
-IDLE_THREAD: Final = 2.0  # seconds that a thread waits for another connection
 TICK: Final = 0.25  # seconds between two looks at keys, certificate, pool
 NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # it may pass, so wait
 
@@ -384,13 +384,18 @@ class ClientError(Refusal):
     """The request is malformed, ambiguous, too slow, or without a valid key."""
 
 
-class Fields(dict[bytes, list[bytes]]):
-    """The fields of a head: values by name in lower case, and the lines in the order in which they came."""
+class Fields(dict[bytes, bytes]):
+    """The fields of a head: value by name in lower case, and the lines in the order in which they came.
+
+    Of a field that came several times, the values stand with ", " between them (RFC 9110, 5.3); what may come
+    only once must have a form in which there can be no ", ".
+    """
 
     def __init__(self) -> None:
         self.lines: list[tuple[bytes, bytes]] = []  # (name in lower case, the line as it came)
 
 
+NO_FIELDS: Final = Fields()
 CHUNKED: Final = -1  # framing of a body: its length in bytes, or one of these
 UNTIL_CLOSE: Final = -2
 
@@ -441,9 +446,10 @@ def split_head(data: bytes) -> tuple[bytes, bytes] | None:
     Raises ClientError 400, 414 or 431 as soon as it can become no good one.
     """
     head, end, rest = data.partition(b"\r\n\r\n")
-    require(head.count(b"\n") == head.count(b"\r\n"), 400, "a line of the head does not end in CRLF")
-    require(len(head.partition(b"\r\n")[0]) <= MAX_TARGET, 414, "the request line is longer than 8 KiB")
-    require(len(head) <= MAX_HEAD, 431, "the head, or the trailers, are longer than 32 KiB")
+    if not end or len(head) > MAX_TARGET:
+        require(head.count(b"\n") == head.count(b"\r\n"), 400, "a line of the head does not end in CRLF")
+        require(len(head.partition(b"\r\n")[0]) <= MAX_TARGET, 414, "the request line is longer than 8 KiB")
+        require(len(head) <= MAX_HEAD, 431, "the head, or the trailers, are longer than 32 KiB")
     return (head, rest) if end else None
 
 
@@ -453,13 +459,12 @@ def parse_request(head: bytes) -> Request:
     method, target, version = require(_REQUEST_LINE.fullmatch(first), 400, "the request line is malformed").groups()
     require(version in (b"1.0", b"1.1"), 505, "HTTP/1.0 and HTTP/1.1 are spoken here")
     require(method != b"CONNECT", 501, "this is no proxy for CONNECT")
-    # An absolute target loses scheme and authority (RFC 9112, 3.2).
-    path = require(_TARGET.fullmatch(target), 400, "the request target must be a path")[1] or b"/"
+    if not target.startswith(b"/"):  # an absolute one loses scheme and authority (RFC 9112, 3.2)
+        target = require(_TARGET.fullmatch(target), 400, "the request target must be a path")[1] or b"/"
     fields = parse_fields(lines)
-    hosts = fields.get(b"host", [])
-    known = len(hosts) == 1 or (not hosts and version == b"1.0")
-    require(known and all(map(_HOST.fullmatch, hosts)), 400, "there must be one valid Host field")
-    return Request(method, path, version, fields, body_framing(fields, version, 0))
+    if b"host" in fields or version == b"1.1":
+        require(_HOST.fullmatch(fields.get(b"host", b"")), 400, "there must be one valid Host field")
+    return Request(method, target, version, fields, body_framing(fields, version, 0))
 
 
 def parse_answer(head: bytes, method: bytes) -> Answer:
@@ -488,24 +493,23 @@ def parse_fields(lines: bytes) -> Fields:
     fields = Fields()
     for line in lines.split(b"\r\n") if lines else ():
         name, _, value = line.partition(b":")
-        name = name.lower()
+        name, value = name.lower(), value.strip(b" \t")
         fields.lines.append((name, line))
-        fields.setdefault(name, []).append(value.strip(b" \t"))
+        fields[name] = fields[name] + b", " + value if name in fields else value
     return fields
 
 
 def body_framing(fields: Fields, version: bytes, otherwise: int) -> int:
     """A length, CHUNKED, or `otherwise` where no field says (RFC 9112, 6.3).  Raises ClientError 400 or 501."""
-    lengths, codings = fields.get(b"content-length", []), fields.get(b"transfer-encoding")
-    if codings:
-        alone = not lengths and version != b"1.0"
+    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    if coding is not None:
+        alone = length is None and version != b"1.0"
         require(alone, 400, "Transfer-Encoding may not stand beside Content-Length, nor in HTTP/1.0")
-        chunked = [coding.lower() for coding in codings] == [b"chunked"]
-        require(chunked, 501, "the one transfer coding that is spoken here is chunked, once")
+        require(coding.lower() == b"chunked", 501, "the one transfer coding that is spoken here is chunked, once")
         return CHUNKED
-    valid = len(lengths) <= 1 and all(map(_LENGTH.fullmatch, lengths))
-    require(valid, 400, "Content-Length must be one decimal number")
-    return int(lengths[0]) if lengths else otherwise
+    if length is None:
+        return otherwise
+    return int(require(_LENGTH.fullmatch(length), 400, "Content-Length must be one decimal number")[0])
 
 
 def requested(data: bytes) -> tuple[str | None, str | None]:
@@ -521,10 +525,8 @@ def logged(text: bytes) -> str:
 
 
 def list_members(fields: Fields, name: bytes) -> set[bytes]:
-    """The comma-separated members of a field, from all its lines, in lower case."""
-    if name not in fields:
-        return set()
-    return {member.strip().lower() for value in fields.get(name, ()) for member in value.split(b",")}
+    """The comma-separated members of a field, in lower case."""
+    return {member.strip().lower() for member in fields[name].split(b",")} if name in fields else set()
 
 
 def keeps_alive(message: Request | Answer) -> bool:
@@ -540,12 +542,12 @@ def end_to_end(fields: Fields, dropped: set[bytes]) -> list[bytes]:
 
 def forwarded_head(request: Request, upstream: Upstream, peer: str, without: bytes = b"") -> bytes:
     """The request's head as the upstream sees it: without credentials and, maybe, one more field; with who asked."""
-    hops = [*request.fields.get(b"x-forwarded-for", ()), peer.encode()]
+    before = request.fields.get(b"x-forwarded-for")
     lines = [
         b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target),
         b"Host: " + upstream.authority.encode(),
         *end_to_end(request.fields, NOT_FORWARDED | {without} if without else NOT_FORWARDED),
-        b"X-Forwarded-For: " + b", ".join(hops),
+        b"X-Forwarded-For: " + (before + b", " if before else b"") + peer.encode(),
         b"X-Forwarded-Proto: https",
     ]
     if request.framing == CHUNKED:
@@ -565,11 +567,10 @@ def answer_head(answer: Answer, added: Iterable[bytes] = (), without: bytes = b"
 def presented_keys(fields: Fields) -> list[bytes]:
     """What a request carries as keys: X-Api-Key, Authorization: Bearer, or the password of Basic.
 
-    Both fields may be there (SDKs send dummy bearers); one of them twice is ambiguous: ClientError 403.
+    Both fields may be there (SDKs send dummy bearers); one of them twice holds no key.
     """
-    keys, authorizations = fields.get(b"x-api-key", []), fields.get(b"authorization", [])
-    require(len(keys) <= 1 and len(authorizations) <= 1, 403, "a field with a key came twice; send one key, once")
-    return keys + [_key_in_authorization(value) for value in authorizations]
+    keys = [fields[b"x-api-key"]] if b"x-api-key" in fields else []
+    return [*keys, _key_in_authorization(fields[b"authorization"])] if b"authorization" in fields else keys
 
 
 def _key_in_authorization(value: bytes) -> bytes:
@@ -587,7 +588,7 @@ def is_preflight(request: Request) -> bool:
 
 def preflight_lines(request: Request) -> list[bytes]:
     """Leave for what a web page asked to send."""
-    wanted = b", ".join(request.fields.get(b"access-control-request-headers", ()))
+    wanted = request.fields.get(b"access-control-request-headers", b"")
     methods = b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE"
     return [methods, b"Access-Control-Allow-Headers: " + wanted, b"Access-Control-Max-Age: 86400"]
 
@@ -614,30 +615,31 @@ class BodyReader:
         self.done = framing == 0
         # Preceded by one CRLF more, each chunk's size line stands between two.
         self.rest = b"\r\n" if framing == CHUNKED else b""
-        self.trailers = Fields()
+        self.trailers = NO_FIELDS
         # Bytes, of the body or of the chunk; without an end in sight, more than will ever come.
         self._missing = sys.maxsize if framing == UNTIL_CLOSE else max(framing, 0)
 
     def feed(self, data: bytes) -> bytes:
         """The content in the connection's next bytes.  Raises ClientError 400 or 431."""
+        if self.framing != CHUNKED:
+            content, self.rest = data[: self._missing], data[self._missing :]
+            self._missing -= len(content)
+            self.done = self.done or not self._missing
+            return content
         # By position, since one-byte chunks must not cost a copy of the rest each.
-        content, data, at = [], self.rest + data, 0
+        pieces, data, at = [], self.rest + data, 0
         while not self.done:
             if self._missing:
                 piece = data[at : at + self._missing]
-                content.append(piece)
+                pieces.append(piece)
                 at += len(piece)
                 self._missing -= len(piece)
                 if self._missing:
                     break
-            if self.framing != CHUNKED:
-                self.done = True
-            elif len(data) == at + 2 and data.endswith(b"\r\n"):  # as mostly: a whole chunk came, and no more
-                break
-            elif not (line := _CHUNK_LINE.match(data, at)):
+            if not (line := _CHUNK_LINE.match(data, at)):
                 require(_CHUNK_LINE_BEGUN.fullmatch(data, at), 400, "a chunk is malformed")
                 break
-            elif size := int(line[1], 16):
+            if size := int(line[1], 16):
                 self._missing, at = size, line.end()
             else:  # the last one, and its trailers, have the form of a head (RFC 9112, 7.1)
                 end = split_head(data[at + 2 :])
@@ -646,7 +648,12 @@ class BodyReader:
                 self.trailers = parse_fields(end[0].partition(b"\r\n")[2])
                 self.done, at = True, len(data) - len(end[1])
         self.rest = data[at:]
-        return b"".join(content)
+        return b"".join(pieces)
+
+    def whole_chunk(self, data: bytes) -> bytes:
+        """The content of the next bytes, if they are one whole chunk, written as chunk() does it."""
+        content = data[data.find(b"\n") + 1 : -2]
+        return content if self.rest == b"\r\n" and chunk(content) == data else b""
 
     def end(self) -> bool:
         """The connection has ended: was the body whole?"""
@@ -766,8 +773,10 @@ def has_said_all(answer: Excerpt) -> bool:
 def model_name(request: Excerpt) -> str | None:
     """The "model" at the top of a JSON request, if it stands in its last or first bytes."""
     model = _json_object(request.tail).get("model")  # of a short request, the tail is all
-    names = itertools.chain([model], (_json_object(part).get("model") for part in _around_model(request)))
-    return next((name[:MAX_LOGGED] for name in names if isinstance(name, str)), None)
+    if not isinstance(model, str):
+        models = (_json_object(part).get("model") for part in _around_model(request))
+        model = next((name for name in models if isinstance(name, str)), None)
+    return model and model[:MAX_LOGGED]
 
 
 def _around_model(request: Excerpt) -> Iterator[bytes]:
@@ -820,9 +829,14 @@ def new_record(began: datetime, client: str) -> dict[str, Any]:
     }
 
 
+# The same names, paths, methods and models come again and again.
+_json = functools.lru_cache(maxsize=1024)(json.dumps)
+
+
 def audit_line(record: dict[str, Any], seconds: float) -> bytes:
     """The record of a request that took that long, as one line of ASCII JSON."""
-    return json.dumps({**record, "duration_ms": round(seconds * 1000)}).encode() + b"\n"
+    members = [f'"{name}": {_json(value)}' for name, value in record.items()]
+    return f'{{{", ".join(members)}, "duration_ms": {round(seconds * 1000)}}}\n'.encode()
 
 
 def append_line(log: LogFile, line: bytes = b"") -> bool:
@@ -909,10 +923,9 @@ def _is_torn(path: str) -> bool:
 
 
 # --- Wires ---
-# Sockets that never block by themselves.  A thread that serves a request must notice the upstream's
-# answer or the client's leaving, whichever comes first, and a socket's own time-out starts anew with
-# every byte, so that a byte now and then would hold it for ever.  So all waiting is in wait(), where a
-# thread also gives up its turn.
+# Sockets that never block.  A request's course must notice the upstream's answer or the client's leaving,
+# whichever comes first, and a socket's own time-out starts anew with every byte, so that a byte now and
+# then would hold it for ever.  So a function that has to wait is a generator: it yields what for.
 
 READ: Final = getattr(select, "POLLIN", 1)
 WRITE: Final = getattr(select, "POLLOUT", 4)
@@ -923,6 +936,26 @@ _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 class ClientLeft(Exception):
     """The client closed its connection, or does not read."""
+
+
+class Wait(NamedTuple):
+    """What Steps yield: on wires they wait for READ | WRITE | GONE."""
+
+    deadline: float  # monotonic
+    watched: tuple[tuple[Wire, int], ...] = ()
+    idle: bool = False  # whether nothing is lost if that is at once
+
+    def happened(self, wire: Wire, events: int) -> bool:
+        """Take note of an event; whether the Steps go on."""
+        return True
+
+    def overdue(self) -> Exception:
+        """What to raise in them after the deadline."""
+        return TimeoutError()
+
+
+# They may also yield a function that blocks: a thread calls it, and they get what it returns or raises.
+Steps = Generator[Any, Any, T]
 
 
 class Wire:
@@ -938,6 +971,18 @@ class Wire:
         if isinstance(sock, ssl.SSLSocket):  # whose recv() and send() are these two, with more checks before
             self._read, self._write, self._most = sock.read, sock.write, TLS_RECORD
         self.ahead = b""  # what was read and not used yet
+        self.watched = 0  # events for which the selector watches it
+        self.unwatch: Callable[[Wire], None] = lambda _: None
+        self.task: Any = None  # who waits for that
+
+    def shake_hands(self, deadline: float) -> Steps[None]:
+        """As TLS's server; OSError."""
+        while isinstance(self.sock, ssl.SSLSocket):
+            try:
+                return self.sock.do_handshake()
+            except _NOT_NOW as error:
+                events = WRITE if isinstance(error, ssl.SSLWantWriteError) else READ
+            yield Wait(deadline, ((self, events),), idle=True)
 
     def receive(self) -> bytes | None:
         """What has arrived: bytes, b"" at the end, None for nothing.
@@ -965,14 +1010,13 @@ class Wire:
             self._read = functools.partial(_fail, error)  # the system would say it once, and then that this is the end
         return b"".join(pieces)
 
-    def receive_until(self, deadline: float) -> bytes:
-        """The next bytes, b"" at the end; TimeoutError when the deadline (monotonic) passes."""
-        while time.monotonic() < deadline:
+    def receive_until(self, deadline: float, idle: bool = False) -> Steps[bytes]:
+        """The next bytes, b"" at the end; TimeoutError when the deadline passes."""
+        data = None
+        while data is None:
+            yield Wait(deadline, ((self, READ),), idle)
             data = self.receive()
-            if data is not None:
-                return data
-            wait(deadline - time.monotonic(), (self, READ))
-        raise TimeoutError
+        return data
 
     def send_some(self, data: bytes) -> bytes:
         """Send what can go now; returns the rest."""
@@ -987,64 +1031,63 @@ class Wire:
             raise self.failure() from None
         return data[at:]
 
-    def send(self, data: bytes, timeout: float) -> None:
+    def send(self, data: bytes, timeout: float) -> Steps[None]:
         """Send all; fails when for `timeout` seconds nothing could go."""
-        deadline = time.monotonic() + timeout
-        while rest := self.send_some(data):
-            if len(rest) < len(data):
-                data, deadline = rest, time.monotonic() + timeout
-            elif time.monotonic() > deadline:
-                raise self.failure()
-            wait(deadline - time.monotonic(), (self, WRITE))
+        try:
+            while data := self.send_some(data):
+                yield Wait(time.monotonic() + timeout, ((self, WRITE),))
+        except TimeoutError:
+            raise self.failure() from None
 
-    def close(self, linger: bool = False) -> None:
-        """End with TLS's close_notify.  To linger is to let the peer finish sending.
+    def linger(self) -> Steps[None]:
+        """End our half, and let the peer finish sending.
 
         A socket that is closed while bytes arrive resets the connection: our answer would be lost.
         """
-        with contextlib.suppress(OSError, ValueError):
-            if isinstance(self.sock, ssl.SSLSocket):
-                self.sock.unwrap()  # says our close_notify, then raises for want of the peer's
+        self._end_tls()
         with contextlib.suppress(OSError, ClientLeft):
-            if linger:
-                self.sock.shutdown(socket.SHUT_WR)
-                self._read = self.sock.recv  # which also reads what is not TLS any more
-                deadline = time.monotonic() + LINGER
-                while self.receive_until(deadline):
-                    pass
-        self.sock.close()
+            self.sock.shutdown(socket.SHUT_WR)
+            self._read = self.sock.recv  # which also reads what is not TLS any more
+            deadline = time.monotonic() + LINGER
+            while (yield from self.receive_until(deadline)):
+                pass
+
+    def close(self) -> None:
+        """End it well."""
+        self._end_tls()
+        self._close()
 
     def abort(self) -> None:
         """End with a reset: the peer shall not take what it has for all, even where only the end could tell."""
         no_linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
         with contextlib.suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
-        self.sock.close()
+        self._close()
 
     def interrupt(self) -> None:
         """Shut it down from another thread: below TLS, since two threads must not share that."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
+    def _end_tls(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.unwrap()  # says our close_notify, then raises for want of the peer's
+
+    def _close(self) -> None:
+        self.unwatch(self)  # before its descriptor can be another's
+        self.sock.close()
+
 
 def _fail(error: OSError, _: int) -> bytes:
     raise error
 
 
-class Bell:
-    """Wakes every thread that watches its wire, beside other things."""
-
-    def __init__(self) -> None:
-        self._ringer, listener = socket.socketpair()
-        self._ringer.setblocking(False)
-        self.wire = Wire(listener, ClientLeft)
-        self.rung = False
-
-    def ring(self) -> None:
-        """Make the wire readable; it stays so until somebody reads from it."""
-        self.rung = True
-        with contextlib.suppress(BlockingIOError):  # it is readable already, and how
-            self._ringer.send(b"!")
+# --- Selector ---
+# Threads work, one selector waits.  The Steps of all connections are made by one thread, each when what it
+# waits for has happened; what may block for long (to shake hands, to connect) gets a thread for that time.
+# With a thread per connection, 16 busy clients cost twice as much CPU, and 1000 streams four times: to wake
+# a thread costs more than most steps, and those that are awake fight for the interpreter.
 
 
 class SelectPoll:
@@ -1057,72 +1100,146 @@ class SelectPoll:
 
     def poll(self, milliseconds: float) -> list[tuple[int, int]]:
         """[(descriptor, events)], when something happened or the time is over."""
-        watched = list(self._watched.items())  # at once: other threads may change it
-        reading, writing = ([fd for fd, events in watched if events & event] for event in (READ, WRITE))
+        reading, writing = ([fd for fd, events in self._watched.items() if events & event] for event in (READ, WRITE))
         reading, writing, _ = select.select(reading, writing, [], milliseconds / 1000)
         return [(fd, READ) for fd in reading] + [(fd, WRITE) for fd in writing]
 
 
-new_poll: Final[Callable[[], Any]] = getattr(select, "poll", SelectPoll)
-
-
-class Turn:
-    """Held by the one connection's thread that works; the others wait for it, or for what wait() waits for.
-
-    The interpreter runs one thread at a time anyway.  But those that want to run fight for it at every
-    system call of the one that does: without turns, 1000 streams of 50 tokens/s cost twice as much CPU.
-    """
+class Threads:
+    """Call what blocks.  They are used again: to start one each time would cost up to a quarter more CPU."""
 
     def __init__(self) -> None:
-        self._lock, self._holder = threading.Lock(), 0
+        self._calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)  # threads that nobody has promised a call to
 
-    def take(self) -> None:
-        """Wait until nobody else has it."""
-        self._lock.acquire()
-        self._holder = threading.get_ident()
+    def run(self, call: Callable[[], Any]) -> None:
+        """Have a thread call this; RuntimeError where none can be had."""
+        if not self._idle.acquire(blocking=False):
+            threading.Thread(target=self._work, daemon=True).start()
+        self._calls.put(call)
 
-    def give_up(self) -> bool:
-        """Let others work: whether this thread had it."""
-        if self._holder != threading.get_ident():
-            return False
-        self._holder = 0
-        self._lock.release()
-        return True
+    def _work(self) -> None:
+        while call := self._next():
+            call()
+            self._idle.release()
 
-    @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        """For work that does not block."""
-        self.take()
+    def _next(self) -> Callable[[], Any] | None:
+        with contextlib.suppress(queue.Empty):
+            return self._calls.get(timeout=IDLE_THREAD)
+        return None if self._idle.acquire(blocking=False) else self._calls.get()  # which has been promised
+
+
+NEVER: Final = Wait(math.inf)
+
+
+class Task:
+    """Steps that have begun."""
+
+    def __init__(self, steps: Steps[None]) -> None:
+        self.steps = steps
+        self.wait: Any = NEVER
+        self.watched = NEVER.watched  # as long as the same object, nothing has changed
+
+
+class Selector:
+    """Makes the steps of all tasks."""
+
+    def __init__(self) -> None:
+        self.stopping = False  # from then on, nobody waits for another request
+        self._epoll = hasattr(select, "epoll")  # Linux only: finds what is ready without looking at the rest
+        self._poll: Any = select.epoll() if self._epoll else getattr(select, "poll", SelectPoll)()
+        self._tick = TICK if self._epoll else TICK * 1000  # it counts in seconds, poll in milliseconds
+        self._threads = Threads()
+        self._watched: dict[int, Wire] = {}  # by descriptor
+        self._tasks: dict[Task, None] = {}
+        self._news: deque[tuple[Task, Any, Exception | None]] = deque()  # from other threads
+        self._ringer, bell = socket.socketpair()  # tells that there are some
+        self._ringer.setblocking(False)
+        self._step(Task(self._hear(Wire(bell, ClientLeft))))
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def begin(self, steps: Steps[None]) -> None:
+        """Have these steps made; they handle what they raise."""
+        self._tell(Task(steps))
+
+    def _tell(self, task: Task, result: Any = None, failure: Exception | None = None) -> None:
+        self._news.append((task, result, failure))
+        with contextlib.suppress(BlockingIOError):  # it rings already, and how
+            self._ringer.send(b"!")
+
+    def _hear(self, bell: Wire) -> Steps[None]:
+        while True:
+            yield from bell.receive_until(math.inf)
+            while self._news:
+                self._step(*self._news.popleft())
+
+    def _run(self) -> None:
+        looked = time.monotonic()
+        while True:
+            for descriptor, events in self._poll.poll(self._tick):
+                wire = self._watched.get(descriptor)
+                if not wire:
+                    continue  # a step just now has closed it
+                task = wire.task
+                try:
+                    if not task:
+                        self._unwatch(wire)
+                    elif task.wait.happened(wire, events):
+                        self._step(task)
+                    elif task.wait.watched is not task.watched:
+                        self._watch(task, task.wait)
+                except Exception as error:  # is for those who wait
+                    self._step(task, failure=error)
+            if time.monotonic() - looked > TICK:
+                looked = time.monotonic()
+                self._look_for_overdue(looked)
+
+    def _look_for_overdue(self, now: float) -> None:
+        for task in list(self._tasks):
+            if task.wait.deadline < now or (self.stopping and task.wait.idle):
+                self._step(task, failure=task.wait.overdue())
+
+    def _step(self, task: Task, result: Any = None, failure: Exception | None = None) -> None:
         try:
-            yield
-        finally:
-            self.give_up()
-
-    @contextlib.contextmanager
-    def given_up(self) -> Iterator[None]:
-        """For what does block, if this thread has it."""
-        had = self.give_up()
+            wait = task.steps.throw(failure) if failure else task.steps.send(result)
+            self._tasks[task] = None
+        except Exception:  # it is StopIteration: they handle what they raise
+            self._tasks.pop(task, None)
+            wait = NEVER
         try:
-            yield
-        finally:
-            if had:
-                self.take()
+            if callable(wait):
+                self._threads.run(functools.partial(self._call, task, wait))
+            self._watch(task, NEVER if callable(wait) else wait)
+        except (OSError, RuntimeError) as error:  # no thread could be had, or no wire watched
+            self._tell(task, failure=error)
 
+    def _call(self, task: Task, call: Callable[[], Any]) -> None:
+        try:
+            self._tell(task, call())
+        except Exception as error:  # is for those who asked for the call
+            self._tell(task, failure=error)
 
-TURN: Final = Turn()
+    def _watch(self, task: Task, wait: Any) -> None:
+        for wire, _ in task.watched:  # which stay watched: the next request will wait for them again
+            wire.task = None
+        task.wait, task.watched = wait, wait.watched
+        for wire, events in wait.watched:
+            wire.task = task
+            if events == wire.watched:
+                continue
+            if not events:  # not even for its end, which would be reported all the time
+                self._unwatch(wire)
+            elif wire.watched:
+                self._poll.modify(wire.descriptor, events)
+            else:
+                self._poll.register(wire.descriptor, events)
+                self._watched[wire.descriptor], wire.unwatch = wire, self._unwatch
+            wire.watched = events
 
-
-def wait(timeout: float, *watched: tuple[Wire, int]) -> list[int]:
-    """Wait until what some wire is watched for (READ | WRITE | GONE) happens; returns what happened to each."""
-    poll = new_poll()
-    for wire, events in watched:
-        if events:
-            poll.register(wire.descriptor, events)
-    had_turn = TURN.give_up()
-    happened = dict(poll.poll(max(0, timeout * 1000)))
-    if had_turn:
-        TURN.take()
-    return [happened.get(wire.descriptor, 0) for wire, _ in watched]
+    def _unwatch(self, wire: Wire) -> None:
+        if self._watched.pop(wire.descriptor, None):
+            self._poll.unregister(wire.descriptor)
+            wire.watched = 0
 
 
 # --- Forwarding ---
@@ -1144,34 +1261,30 @@ class Pool:
             self._tls.options &= ~0x80  # OP_IGNORE_UNEXPECTED_EOF: Python 3.9 sets it, and has no name for it
         self._idle: deque[tuple[float, Wire]] = deque()  # (since when, connection), oldest first
 
-    def take(self, fresh: bool = False) -> tuple[Wire, bool]:
-        """(connection, whether it was used before); UpstreamError 502."""
-        with contextlib.suppress(IndexError):
-            while not fresh:
-                since, wire = self._idle.pop()
-                if time.monotonic() - since < POOL_SECONDS:
-                    return wire, True
-                wire.close()
-        return self._connect(), False
+    def take(self) -> Wire | None:
+        """A kept connection, if there is one."""
+        return self._idle.pop()[1] if self._idle else None
 
     def give_back(self, wire: Wire) -> None:
         """Keep a connection that is ready for another request."""
         self._idle.append((time.monotonic(), wire))
 
-    def prune(self) -> None:
-        """Close those that are too old or too many."""
-        with contextlib.suppress(IndexError):  # another thread may take the last one
-            while len(self._idle) > POOL_SIZE or time.monotonic() - self._idle[0][0] > POOL_SECONDS:
+    def prune(self) -> Steps[None]:
+        """Close those that are too old or too many, for ever."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                yield Wait(time.monotonic() + TICK)
+            while self._idle and (len(self._idle) > POOL_SIZE or time.monotonic() - self._idle[0][0] > POOL_SECONDS):
                 self._idle.popleft()[1].close()
 
-    def _connect(self) -> Wire:
+    def connect(self) -> Wire:
+        """A new connection; it blocks.  UpstreamError 502."""
         address = self.upstream.host, self.upstream.port
         connection = http.client.HTTPConnection(*address, timeout=CONNECT_TIMEOUT)
         if self._tls:
             connection = http.client.HTTPSConnection(*address, timeout=CONNECT_TIMEOUT, context=self._tls)
         try:
-            with TURN.given_up():
-                connection.connect()
+            connection.connect()
         except OSError as error:
             reason = getattr(error, "verify_message", None) or error.strerror or "no answer"
             message = f"the upstream at {self.upstream.authority} cannot be reached ({reason}); start it there"
@@ -1185,23 +1298,28 @@ STREAMING: Final = (READ, READ)  # what an exchange waits for, mostly: more of t
 
 
 class Exchange:
-    """A request's way to the upstream and the answer's way back, in steps that never wait.
+    """A request's way to the upstream and the answer's way back.
 
     Both ways are in one, since an upstream may answer before it has the whole request, and a client
-    may leave before there is an answer.  Whoever makes the steps waits for events() between them, and
-    until the deadline (monotonic) at most; then overdue() is what went wrong.
+    may leave before there is an answer.  It is itself what its steps wait for, see Wait.
     """
+
+    idle = False
 
     def __init__(self, pool: Pool, client: Wire, request: Request, head: bytes, settings: Settings) -> None:
         self.request_body = BodyReader(request.framing)
-        self.answer_body: BodyReader  # from begin_answer() on
         self.sent, self.received = Excerpt(), Excerpt()  # of their content
-        self.client = client
-        self._pool, self._request, self._settings = pool, request, settings
+        self.upstream: Wire  # from connect() on
+        self.watched: tuple[tuple[Wire, int], ...] = ()  # with these
+        self._events = (0, 0)
+        self._pool, self._client, self._request, self._settings = pool, client, request, settings
+        self._answer_body: BodyReader  # from relay() on
         self._head = self._outgoing = head  # what is to be sent, and what of it is still here
         self._incoming = b""  # what the client is to get, and has not taken yet
+        self._used_before = False  # whether the upstream's connection was
         self._chunked = False  # whether it gets that in chunks
         self._begun = False  # whether some of the request went
+        self._answering = False  # whether the answer is being brought to the client
         self._refused = False  # whether a part of it could not be sent; the upstream may still answer
         self._reusable = False
         self._moved = self._taken = time.monotonic()  # when something last moved; when the client last took something
@@ -1210,15 +1328,20 @@ class Exchange:
         if not self.request_body.done:
             data, client.ahead = client.ahead, b""
             self._upload(data)
-        self.upstream, self._used_before = pool.take()
 
-    def read_head(self) -> Answer:
+    def connect(self, fresh: bool = False) -> Steps[None]:
+        """Take a kept connection, or make one.  UpstreamError 502."""
+        kept = None if fresh else self._pool.take()
+        self.upstream = kept or (yield self._pool.connect)
+        self._used_before, self._events = kept is not None, (0, 0)
+
+    def read_head(self) -> Steps[Answer]:
         """Wait for the next head, interim ones (1xx) included.
 
         Raises UpstreamError, and what the client does meanwhile: ClientError, ClientLeft.
         """
         try:
-            head = self._read_head()
+            head = yield from self._read_head()
         except UpstreamError as error:
             harmless = self._request.method in IDEMPOTENT and not self._request.framing  # RFC 9110, 9.2.2
             if not self._used_before or error.status != 502 or self.upstream.ahead or (self._begun and not harmless):
@@ -1226,50 +1349,38 @@ class Exchange:
             # A kept connection that ended before, or just when, it was to be used again.
             self.upstream.abort()
             self._outgoing = self._head if self._begun else self._outgoing
-            self.upstream, self._used_before = self._pool.take(fresh=True)
             self._begun = self._refused = False
-            head = self._read_head()
+            yield from self.connect(fresh=True)
+            head = yield from self._read_head()
         self._used_before = False  # now it is known to be good
         answer = _upstreams(parse_answer, head, self._request.method)
         if answer.status == 101:
             raise UpstreamError(502, "the upstream changed the protocol without being asked")
         return answer
 
-    def begin_answer(self, answer: Answer, head: bytes, chunked: bool) -> None:
-        """From now on the steps bring the answer to the client: this head, then its content."""
-        self._incoming, self._chunked = head, chunked
-        self.answer_body = BodyReader(answer.framing)
+    def relay(self, answer: Answer, head: bytes, chunked: bool) -> Steps[None]:
+        """Bring the answer to the client: this head, then its content.  Raises as read_head does."""
+        self._incoming, self._chunked, self._answering = head, chunked, True
+        self._answer_body = BodyReader(answer.framing)
         self._reusable = keeps_alive(answer) and answer.framing != UNTIL_CLOSE
         data, self.upstream.ahead = self.upstream.ahead, b""
-        self._take(data)
+        if not self._pass_on(data):
+            yield self
 
-    def step(self, upstream: int = 0, client: int = 0) -> tuple[int, int] | None:
-        """Move what can move after these events; what to wait for next, None when the client has the whole answer.
-
-        Raises as read_head does.
-        """
-        if client & ~WRITE:
-            self._hear_client()
-        if self._outgoing:
-            self._push()
-        if upstream & ~WRITE and not self._incoming:
+    def happened(self, wire: Wire, events: int) -> bool:
+        """Move what can move after this; whether more of a head has come, or the answer is with the client."""
+        data = None
+        if wire is self._client or self._outgoing:
+            self._push(wire, events)
+        if wire is self.upstream and not self._incoming:
             data = self.upstream.receive()
-            if data == b"" and not self.answer_body.end():
-                raise UpstreamError(502, "the upstream broke off its answer")
-            if data is not None:
-                self._take(data)
-        if self._incoming:
-            rest = self.client.send_some(self._incoming)
-            if len(rest) < len(self._incoming):
-                self._incoming, self._taken = rest, time.monotonic()
-        if self.answer_body.done and not self._incoming:
-            return None
-        return self.events() if self._incoming or self._outgoing or self.client.ahead else STREAMING
-
-    def events(self) -> tuple[int, int]:
-        """What to wait for now, at the upstream's wire and at the client's."""
-        upstream, client = (0, WRITE) if self._incoming else (READ, 0)  # the upstream waits for a slow client
-        return upstream | (WRITE if self._outgoing else 0), client | (READ if self._hears() else GONE)
+            if data == b"" and not (self._answering and self._answer_body.end()):
+                raise UpstreamError(502, "the upstream closed the connection before the end of its answer")
+        if self._answering:
+            return self._pass_on(data)
+        self.upstream.ahead += data or b""
+        self._watch()
+        return bool(data)
 
     @property
     def deadline(self) -> float:
@@ -1291,53 +1402,61 @@ class Exchange:
     def close(self) -> None:
         """Keep the upstream connection for another request, or close it, which stops the model."""
         sent = self.request_body.done and not self._outgoing and not self._refused
-        if self._reusable and sent and self.answer_body.done and not self.answer_body.rest:
+        if self._reusable and sent and self._answer_body.done and not self._answer_body.rest:
             self._pool.give_back(self.upstream)
         else:
             self.upstream.abort()
 
-    def _read_head(self) -> bytes:
-        upstream, client = READ, 0  # a look at a kept connection, before it is used
+    def _read_head(self) -> Steps[bytes]:
+        if not self._begun and self.upstream.receive() is not None:  # a look at a kept connection, before it is used
+            raise UpstreamError(502, "the upstream spoke before it was asked, or closed the connection")
+        if self._outgoing:
+            self._push(self.upstream, 0)
+        self._watch()
         while not self.upstream.ahead or not (found := _upstreams(split_head, self.upstream.ahead)):
-            data = self.upstream.receive() if upstream & ~WRITE else None
-            if data is not None and not self._begun:
-                raise UpstreamError(502, "the upstream spoke before it was asked")
-            if data == b"":
-                raise UpstreamError(502, "the upstream closed the connection instead of answering")
-            if data:
-                self.upstream.ahead += data
-                continue
-            if client & ~WRITE:
-                self._hear_client()
-            if self._outgoing:
-                self._push()
-            deadline, (up, down) = self.deadline, self.events()
-            upstream, client = wait(deadline - time.monotonic(), (self.upstream, up), (self.client, down))
-            if not upstream and time.monotonic() >= deadline:
-                raise self.overdue()
+            yield self
         head, self.upstream.ahead = found
         return head
 
-    def _take(self, data: bytes) -> None:
-        """Put the upstream's bytes into the client's framing."""
-        content = _upstreams(self.answer_body.feed, data)
-        self.received.add(content)
-        self._incoming += chunk(content) if self._chunked else content
-        if self._chunked and self.answer_body.done:
-            self._incoming += last_chunk(self.answer_body.trailers)
-        self._moved = self._taken = time.monotonic()
+    def _pass_on(self, data: bytes | None) -> bool:
+        """Bring what has come to the client, in its framing; whether it now has the whole answer."""
+        if data is not None:
+            content = self._answer_body.whole_chunk(data) if self._chunked else b""
+            if not content:  # as seldom with tokens
+                content = _upstreams(self._answer_body.feed, data)
+                data = chunk(content) if self._chunked else content
+                if self._chunked and self._answer_body.done:
+                    data += last_chunk(self._answer_body.trailers)
+            self.received.add(content)
+            self._incoming += data
+            self._moved = self._taken = time.monotonic()
+        if self._incoming:
+            rest = self._client.send_some(self._incoming)
+            if len(rest) < len(self._incoming):
+                self._incoming, self._taken = rest, time.monotonic()
+        self._watch()
+        return self._answer_body.done and not self._incoming
+
+    def _watch(self) -> None:
+        """See what to wait for now."""
+        if self._incoming or self._outgoing or self._client.ahead or self._events != STREAMING:
+            up, down = (0, WRITE) if self._incoming else (READ, 0)  # the upstream waits for a slow client
+            events = up | (WRITE if self._outgoing else 0), down | (READ if self._hears() else GONE)
+            if events != self._events:
+                self._events = events
+                self.watched = (self.upstream, events[0]), (self._client, events[1])
 
     def _hears(self) -> bool:
         """Whether more from the client is welcome, of its request's body or of the next request."""
-        return not self._outgoing and (not self.request_body.done or len(self.client.ahead) < READ_AHEAD)
+        return not self._outgoing and (not self.request_body.done or len(self._client.ahead) < READ_AHEAD)
 
-    def _hear_client(self) -> None:
+    def _hear_client(self, events: int) -> None:
         """The client did something: it sent some of its request's body or of its next request, or it left."""
-        data = self.client.receive() if self._hears() else b""
+        data = self._client.receive() if self._hears() else b"" if events & ~READ else None
         if data == b"":
             raise ClientLeft
         if data and self.request_body.done:
-            self.client.ahead += data
+            self._client.ahead += data
         elif data:
             self._upload(data)
 
@@ -1348,7 +1467,7 @@ class Exchange:
         if self._request.framing == CHUNKED:
             content = chunk(content)
         if self.request_body.done:
-            self.client.ahead = self.request_body.rest
+            self._client.ahead = self.request_body.rest
             content += last_chunk(self.request_body.trailers) if self._request.framing == CHUNKED else b""
         self._outgoing += b"" if self._refused else content
         self._progress += len(data)
@@ -1356,8 +1475,12 @@ class Exchange:
         if self._progress >= MIN_PROGRESS:
             self._progress, self._patience = 0, self._moved + self._settings.body_timeout
 
-    def _push(self) -> None:
-        """Send what is due.  An upstream that takes no more may still have an answer for us."""
+    def _push(self, wire: Wire, events: int) -> None:
+        """Send what can go after this.  An upstream that takes no more may still have an answer for us."""
+        if wire is self._client and events & ~WRITE:
+            self._hear_client(events)
+        if not self._outgoing:
+            return
         try:
             rest = self.upstream.send_some(self._outgoing)
         except UpstreamError:
@@ -1378,102 +1501,6 @@ def _upstreams(rule: Callable[..., T], *arguments: Any) -> T:
         raise UpstreamError(502, f"the upstream's answer is no valid HTTP: {error}") from None
 
 
-# --- Relay ---
-# Threads work, one selector waits.  A stream needs its thread at its beginning and its end; between
-# them it is the same small step for every token, and to wake a thread costs more than the step.  So the
-# thread lends its exchange and sleeps, and one thread makes the steps of all: of 256 streams of 50 tokens/s,
-# a token then costs less than half the CPU.  A slow client's stream waits in there like any other.
-
-
-class Loan:
-    """An exchange that its thread has lent to the relay."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
-        self.events = (0, 0)  # for which the upstream's wire and the client's are watched
-        self.failure: Exception | None = None
-        self.ended = threading.Lock()
-        self.ended.acquire()
-
-
-class Relay:
-    """Makes the steps of all running answers, in one thread."""
-
-    def __init__(self) -> None:
-        self._epoll = hasattr(select, "epoll")  # Linux only: finds what is ready without looking at the rest
-        self._poll = select.epoll() if self._epoll else new_poll()
-        self._tick = TICK if self._epoll else TICK * 1000  # it counts in seconds, poll in milliseconds
-        self._loans: set[Loan] = set()
-        self._handlers: dict[int, Callable[[int], Any]] = {}  # by descriptor; they take events
-        self._bell = Bell()
-        self._watch(self._bell.wire, 0, READ, lambda _: self._bell.wire.receive())
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def carry(self, exchange: Exchange) -> None:
-        """Return when the client has the whole answer; raises what prevents it."""
-        events = exchange.step()
-        if not events:
-            return
-        loan = Loan(exchange)
-        self._watch_for(loan, events)
-        self._loans.add(loan)
-        if not self._epoll:
-            self._bell.ring()  # only epoll minds what is added while it waits
-        with TURN.given_up():
-            loan.ended.acquire()
-        if loan.failure:
-            raise loan.failure
-
-    def _run(self) -> None:
-        looked = time.monotonic()
-        while True:
-            happened = self._poll.poll(self._tick)
-            TURN.take()
-            for descriptor, events in happened:
-                handler = self._handlers.get(descriptor)  # none, if a step just now has ended the loan
-                if handler:
-                    handler(events)
-            now = time.monotonic()
-            if now - looked > TICK:
-                looked = now
-                for loan in [loan for loan in self._loans if loan.exchange.deadline < now]:
-                    self._end(loan, loan.exchange.overdue())
-            TURN.give_up()
-
-    def _step(self, loan: Loan, upstream: int, client: int = 0) -> None:
-        try:
-            events = loan.exchange.step(upstream, client)
-            if events and events != loan.events:
-                self._watch_for(loan, events)
-        except Exception as error:  # is for the thread that waits for it
-            return self._end(loan, error)
-        return None if events else self._end(loan)
-
-    def _end(self, loan: Loan, failure: Exception | None = None) -> None:
-        self._watch_for(loan, (0, 0))
-        self._loans.discard(loan)
-        loan.failure = failure
-        loan.ended.release()
-
-    def _watch_for(self, loan: Loan, events: tuple[int, int]) -> None:
-        (old_upstream, old_client), loan.events = loan.events, events
-        step = functools.partial(self._step, loan)
-        self._watch(loan.exchange.upstream, old_upstream, events[0], step)
-        self._watch(loan.exchange.client, old_client, events[1], functools.partial(step, 0))
-
-    def _watch(self, wire: Wire, old: int, new: int, handler: Callable[[int], Any]) -> None:
-        """Watch a wire for other events than before; for none, not at all."""
-        if new and not old:
-            self._poll.register(wire.descriptor, new)
-            self._handlers[wire.descriptor] = handler
-        elif old and not new:
-            with contextlib.suppress(OSError, KeyError):  # it was not, if the system refused to watch it
-                self._poll.unregister(wire.descriptor)
-            self._handlers.pop(wire.descriptor, None)
-        elif new != old:
-            self._poll.modify(wire.descriptor, new)
-
-
 # --- Handler ---
 # The order in which a request meets all of the above.  Clients are answered here and nowhere else.
 
@@ -1485,48 +1512,46 @@ class Gateway(NamedTuple):
     keys: Watched[Keys]
     log: LogFile
     pool: Pool
-    relay: Relay
-    stopping: Bell
+    selector: Selector
     report: Callable[[str], None]
 
 
-class Handler(socketserver.BaseRequestHandler):
+class Handler:
     """One client's connection: a request after the other, and a line in the log for each."""
 
-    def __init__(self, gateway: Gateway, wire: Any, address: Any, server: Any) -> None:
-        self.gateway, self.settings = gateway, gateway.settings
-        self.wire: Wire = wire
+    def __init__(self, gateway: Gateway, wire: Wire, address: Any) -> None:
+        self.gateway, self.settings, self.wire = gateway, gateway.settings, wire
         self.peer = address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
-        super().__init__(wire, address, server)
 
-    def handle(self) -> None:
+    def handle(self) -> Steps[None]:
         """Serve requests until the connection can carry no more."""
         self.unread = False  # whether the client may still be sending a request that we have answered
         patience = self.settings.header_timeout
-        while self._await_request(patience) and self._one_request():
+        while (yield from self._await_request(patience)) and (yield from self._one_request()):
             patience = self.settings.idle_timeout
-        self.wire.close(linger=self.unread)
+        if self.unread:
+            yield from self.wire.linger()
+        self.wire.close()
 
-    def _await_request(self, seconds: float) -> bool:
+    def _await_request(self, seconds: float) -> Steps[bool]:
         """Wait for the first byte of a request.  Silence is no request, and neither are empty lines."""
-        wire, stopping, deadline = self.wire, self.gateway.stopping, time.monotonic() + seconds
-        with contextlib.suppress(ClientLeft):
-            while (left := deadline - time.monotonic()) > 0 and not stopping.rung and not self._log_is_full():
+        wire, deadline = self.wire, time.monotonic() + seconds
+        with contextlib.suppress(ClientLeft, TimeoutError):
+            while not self.gateway.selector.stopping and not self._log_is_full():
                 if wire.ahead.startswith(b"\r\n"):  # RFC 9112, 2.2
                     wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # all at once, for there may be many
                 if wire.ahead not in (b"", b"\r"):
                     return True
-                wait(left, (wire, READ), (stopping.wire, READ))
-                data = wire.receive()
-                if data == b"":
+                data = yield from wire.receive_until(deadline, idle=True)
+                if not data:
                     break
-                wire.ahead += data or b""
+                wire.ahead += data
         return False
 
     def _log_is_full(self) -> bool:
         return len(self.gateway.log.kept) >= MAX_KEPT_LINES and not append_line(self.gateway.log)
 
-    def _one_request(self) -> bool:
+    def _one_request(self) -> Steps[bool]:
         """Answer one request and log it; True if the connection can carry another."""
         self.began, began = datetime.now(timezone.utc), time.monotonic()
         self.record = new_record(self.began, self.peer)
@@ -1534,9 +1559,9 @@ class Handler(socketserver.BaseRequestHandler):
         self.answering = False  # whether a head went out, after which there can be no other
         self.cors: list[bytes] = []
         try:
-            return self._serve()
+            return (yield from self._serve())
         except Refusal as refusal:
-            self._refuse(refusal)
+            yield from self._refuse(refusal)
         except ClientLeft:
             self.record["status"] = 499
             self.wire.abort()
@@ -1544,13 +1569,13 @@ class Handler(socketserver.BaseRequestHandler):
             append_line(self.gateway.log, audit_line(self.record, time.monotonic() - began))
         return False
 
-    def _serve(self) -> bool:
-        request = self._read_request()
-        origin = b" ".join(request.fields.get(b"origin", ()))
+    def _serve(self) -> Steps[bool]:
+        request = yield from self._read_request()
+        origin = request.fields.get(b"origin", b"")
         if origin and origin.decode("latin-1") in self.settings.cors_origin:
             self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
             if is_preflight(request):
-                self._answer(204, preflight_lines(request))
+                yield from self._answer(204, preflight_lines(request))
                 return False
         key = find_key(self.gateway.keys.value, presented_keys(request.fields), self.began.date())
         if not key:
@@ -1559,42 +1584,46 @@ class Handler(socketserver.BaseRequestHandler):
         log = self.gateway.log
         if (log.kept or not log.file) and not append_line(log):
             raise ClientError(503, "the audit log cannot be written; until it can, nothing is forwarded")
-        return self._forward(request)
+        return (yield from self._forward(request))
 
-    def _read_request(self) -> Request:
+    def _read_request(self) -> Steps[Request]:
         wire, deadline = self.wire, time.monotonic() + self.settings.header_timeout
         try:
             while not (found := split_head(wire.ahead)):
-                data = wire.receive_until(deadline)
+                data = yield from wire.receive_until(deadline)
                 if not data:
                     raise ClientLeft
                 wire.ahead += data
             request = parse_request(found[0])
         except TimeoutError:
-            raise ClientError(408, "the request's head came too slowly") from None
-        finally:
             self.record["method"], self.record["path"] = requested(wire.ahead)
+            raise ClientError(408, "the request's head came too slowly") from None
+        except (ClientError, ClientLeft):
+            self.record["method"], self.record["path"] = requested(wire.ahead)
+            raise
+        self.record["method"], self.record["path"] = logged(request.method), logged(request.target.partition(b"?")[0])
         wire.ahead = found[1]
         return request
 
-    def _forward(self, request: Request) -> bool:
+    def _forward(self, request: Request) -> Steps[bool]:
         """Send the request on and its answer back; True if the connection can carry another."""
         without = b"origin" if self.cors else b""  # Ollama would refuse it
         head = forwarded_head(request, self.settings.upstream, self.peer, without)
         exchange = Exchange(self.gateway.pool, self.wire, request, head, self.settings)
+        yield from exchange.connect()
         content_type = b""
         try:
             expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
             if expects and not exchange.request_body.done:
-                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                yield from self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             for _ in range(MAX_INTERIM):
-                answer = exchange.read_head()
+                answer = yield from exchange.read_head()
                 if answer.status >= 200:
                     self.record["status"] = answer.status
-                    content_type = b"".join(answer.fields.get(b"content-type", ()))
-                    return self._relay(request, exchange, answer)
+                    content_type = answer.fields.get(b"content-type", b"")
+                    return (yield from self._relay(request, exchange, answer))
                 if answer.status > 100 and request.version == b"1.1":  # nobody asked the upstream for a 100
-                    self._send(answer_head(answer))
+                    yield from self._send(answer_head(answer))
             raise UpstreamError(502, "the upstream sends interim answers without end")
         finally:
             exchange.close()
@@ -1602,15 +1631,14 @@ class Handler(socketserver.BaseRequestHandler):
             counts = token_counts(content_type, exchange.received)
             self.record["prompt_tokens"], self.record["response_tokens"] = counts
 
-    def _relay(self, request: Request, exchange: Exchange, answer: Answer) -> bool:
+    def _relay(self, request: Request, exchange: Exchange, answer: Answer) -> Steps[bool]:
         chunked = answer.framing < 0 and request.version == b"1.1"
-        keep = keeps_alive(request) and not self.gateway.stopping.rung
+        keep = keeps_alive(request) and not self.gateway.selector.stopping
         added = [*self.cors, *[b"Transfer-Encoding: chunked"] * chunked, *[b"Connection: close"] * (not keep)]
         head = answer_head(answer, added, without=b"access-control-allow-origin" if self.cors else b"")
-        exchange.begin_answer(answer, head, chunked)
         self.answering = True
         try:
-            self.gateway.relay.carry(exchange)
+            yield from exchange.relay(answer, head, chunked)
         except ClientLeft:
             if has_said_all(exchange.received):
                 return False  # and the status stays what it was
@@ -1618,7 +1646,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.unread = bool(self.wire.ahead) or not exchange.request_body.done
         return keep and exchange.request_body.done
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: Refusal) -> Steps[None]:
         """Answer with an error; what is half answered is broken off, for it must not look whole."""
         self.record["status"] = refusal.status
         if self.answering:
@@ -1626,22 +1654,22 @@ class Handler(socketserver.BaseRequestHandler):
             return
         body = error_body(self.record["path"] or "", refusal.status, str(refusal))
         lines = [b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
-        self._answer(refusal.status, lines, b"" if self.record["method"] == "HEAD" else body)
+        yield from self._answer(refusal.status, lines, b"" if self.record["method"] == "HEAD" else body)
 
-    def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> None:
+    def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> Steps[None]:
         """Answer in the gateway's own name, which always ends the connection."""
         self.record["status"] = status
         first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
         with contextlib.suppress(ClientLeft):
-            self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
+            yield from self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
 
-    def _send(self, data: bytes) -> None:
-        self.wire.send(data, self.settings.write_timeout)
+    def _send(self, data: bytes) -> Steps[None]:
+        return self.wire.send(data, self.settings.write_timeout)
 
 
 # --- Server ---
-# Connections: one thread accepts them, each then has a thread to itself, which also shakes hands, so
-# that a silent client delays nobody.  --max-connections of them at a time; the others wait.
+# Connections: one thread accepts them, each then has one that shakes hands, so that a silent client delays
+# nobody, and from then on takes its steps.  --max-connections of them at a time; the others wait.
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -1655,12 +1683,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.gateway, self.context = gateway, context
         self.slots = threading.BoundedSemaphore(gateway.settings.max_connections)
         self.wires: dict[Wire, None] = {}
-        self.accepted: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-        self.idle = threading.Semaphore(0)  # threads that nobody has promised a connection to
         host, port = gateway.settings.listen
         host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")  # noqa: S104 - what --listen says
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), functools.partial(Handler, gateway))
+        super().__init__((host, port), Handler)  # type: ignore[arg-type] # it is no BaseRequestHandler: it never blocks
 
     def server_bind(self) -> None:
         """Bind, without asking the name service for our name as HTTPServer does."""
@@ -1678,44 +1704,35 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the connection to a thread, once there is a place for it."""
+        """Have the connection served, once there is a place for it."""
         while not self.slots.acquire(timeout=TICK):
-            if self.gateway.stopping.rung:
+            if self.gateway.selector.stopping:
                 return self.close_request(request)
-        if not self.idle.acquire(blocking=False):
-            threading.Thread(target=self._work, daemon=True).start()
-        return self.accepted.put((request, client_address))
+        return self.gateway.selector.begin(self._converse(request, client_address))
 
-    def _work(self) -> None:
-        """Serve one connection after the other: to start a thread for each would cost up to a quarter more CPU."""
-        while accepted := self._next_connection():
-            self.process_request_thread(*accepted)
-            self.idle.release()
-
-    def _next_connection(self) -> tuple[Any, Any] | None:
-        with contextlib.suppress(queue.Empty):
-            return self.accepted.get(timeout=IDLE_THREAD)
-        return None if self.idle.acquire(blocking=False) else self.accepted.get()  # which has been promised
-
-    def shutdown_request(self, request: Any) -> None:
-        """At the connection's end, or when no thread could be had for it: the place is free again."""
-        self.slots.release()
-        super().shutdown_request(request)
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """In the connection's thread: shake hands, then let the handler talk."""
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens wait for 40 ms
-        request.settimeout(self.gateway.settings.handshake_timeout)
-        context = self.context.value
-        with TURN.taken(), context.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as tls:
-            with TURN.given_up():
-                tls.do_handshake()  # here the time-out is for the whole of it
+    def _converse(self, request: socket.socket, client_address: Any) -> Steps[None]:
+        try:
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens wait for 40 ms
+            tls = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
             wire = Wire(tls, ClientLeft)
             self.wires[wire] = None
             try:
-                self.RequestHandlerClass(wire, client_address, self)  # type: ignore[arg-type] # a Wire for a socket
+                yield from wire.shake_hands(time.monotonic() + self.gateway.settings.handshake_timeout)
+                yield from Handler(self.gateway, wire, client_address).handle()
+            except Exception:
+                wire.abort()
+                raise
             finally:
                 del self.wires[wire]
+        except Exception:
+            self.handle_error(request, client_address)
+        finally:
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """At the connection's end: its place is free again."""
+        self.slots.release()
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What clients do to connections is no news.  A fault of ours is, in one line."""
@@ -1791,7 +1808,7 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
             for piece in pieces or [demo_line({"error": "this is not in the demo"})]:
                 self.wfile.write(chunk(piece))
                 time.sleep(DEMO_PACE if len(pieces) > 1 else 0)
-            self.wfile.write(last_chunk(Fields()))
+            self.wfile.write(last_chunk(NO_FIELDS))
 
 
 def demo_ollama(asked: dict[str, Any], chat: bool) -> list[bytes]:
@@ -1880,7 +1897,8 @@ def serve(settings: Settings) -> int:
     if not keys.value:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
-    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), Relay(), Bell(), say)
+    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), Selector(), say)
+    gateway.selector.begin(gateway.pool.prune())
     try:
         server = Server(gateway, context)
     except OSError as error:
@@ -1889,9 +1907,9 @@ def serve(settings: Settings) -> int:
     stop_on_signals(server)
     announce(settings, keys.value, server.server_address[1], fresh)
     threading.Thread(target=server.serve_forever, args=(TICK,), daemon=True).start()
-    while not gateway.stopping.rung:
+    while not gateway.selector.stopping:
         keep_house(gateway, context)
-        wait(TICK, (gateway.stopping.wire, READ))
+        time.sleep(TICK)
     server.shutdown()
     server.server_close()
     server.drain(settings.grace)
@@ -1907,18 +1925,17 @@ def keep_house(gateway: Gateway, context: Watched[ssl.SSLContext]) -> None:
     for news in (gateway.keys.refresh(), context.refresh(), log_news(gateway.log)):
         if news:
             say(news)
-    gateway.pool.prune()
 
 
 def stop_on_signals(server: Server) -> None:
     """SIGINT and SIGTERM stop gently, the second at once.  SIGHUP is heard: files are watched anyway."""
 
     def stop(*_: Any) -> None:
-        if server.gateway.stopping.rung:
+        if server.gateway.selector.stopping:
             server.interrupt()
             threading.Timer(0.2, os._exit, (1,)).start()  # by then what was broken off is logged
             return
-        server.gateway.stopping.ring()
+        server.gateway.selector.stopping = True
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
@@ -1972,7 +1989,7 @@ def announce(settings: Settings, keys: Keys, port: int, fresh_key: str) -> None:
 def upstream_state(upstream: Upstream) -> str:
     """Whether somebody listens there."""
     try:
-        Pool(upstream).take()[0].abort()
+        Pool(upstream).connect().abort()
     except UpstreamError as error:
         return f"NO ANSWER: {error}, or try --demo"
     return "it answers"

@@ -1068,7 +1068,7 @@ def content_of(message: bytes) -> tuple[bytes, bytes]:
     found = gateway.split_head(message)
     assert found
     answer = gateway.parse_answer(found[0], b"POST")
-    return b"".join(answer.fields.get(b"content-type", [])), gateway.BodyReader(answer.framing).feed(found[1])
+    return answer.fields.get(b"content-type", b""), gateway.BodyReader(answer.framing).feed(found[1])
 
 
 @pytest.mark.parametrize(("name", "expected"), COUNTS.items(), ids=COUNTS.keys())
@@ -1422,7 +1422,16 @@ class KeptExchange:
         self.way = gateway.Exchange(pool, wire, post, gateway.forwarded_head(post, settings.upstream, "::1"), settings)
 
     def answer(self) -> bytes:
-        self.way.begin_answer(self.way.read_head(), b"", chunked=False)
+        done = threading.Event()
+
+        def steps() -> gateway.Steps[None]:
+            yield from self.way.connect()
+            answer = yield from self.way.read_head()
+            yield from self.way.relay(answer, b"", chunked=False)
+            done.set()
+
+        gateway.Selector().begin(steps())
+        assert done.wait(10)
         return self.way.received.tail
 
     def __enter__(self) -> KeptExchange:
