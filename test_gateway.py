@@ -1532,7 +1532,7 @@ def test_an_https_upstream_with_a_prefix(tmp_path: Path, start: Callable[..., Ru
     assert (answer.status, "self-signed certificate" in str(answer.body).replace("self signed", "self-signed")) == (502, True)
 
 
-# --- Relay ---
+# --- Selector ---
 
 
 def head_of_stream(sock: socket.socket) -> None:
@@ -1686,6 +1686,31 @@ def test_a_client_that_leaves_behind_unread_requests_frees_the_upstream(gate: Ru
 def cpu_seconds(gate: RunningGateway) -> float:
     fields = Path(f"/proc/{gate.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_wire_that_is_closed_again_harms_no_other_that_has_its_descriptor_now() -> None:
+    """An exchange closes its upstream's wire at its end, even where that broke long ago."""
+    selector, heard = gateway.Selector(), threading.Event()
+
+    def listen(wire: gateway.Wire, then: Callable[[], None]) -> gateway.Steps[None]:
+        yield from wire.receive_until(time.monotonic() + PATIENCE)
+        then()
+
+    near, far = socket.socketpair()
+    first = gateway.Wire(near, gateway.ClientLeft)
+    selector.begin(listen(first, first.abort))
+    far.close()
+    eventually(lambda: near.fileno() == -1)
+    near, far = socket.socketpair()
+    second = gateway.Wire(near, gateway.ClientLeft)
+    assert second.descriptor == first.descriptor
+    selector.begin(listen(second, heard.set))
+    eventually(lambda: second.watched)
+    first.abort()
+    far.send(b"!")
+    assert heard.wait(PATIENCE)
+    for sock in (near, far):
+        sock.close()
 
 
 @linux
@@ -1877,6 +1902,7 @@ def test_slow_clients_delay_nobody_and_are_dropped(
     began = time.monotonic()
     assert gate.ask("/quick").status == 200
     assert time.monotonic() - began < 1.0
+    assert threads_of(gate) < 20  # not one for each of them
     expected = {"in_the_head": 408, "in_the_body": 408, "without_reading": 499}.get(slow.__name__)
     lines = gate.log(1 + len(clients)) if expected else gate.log(1)
     assert sorted(line["status"] for line in lines if line["path"] != "/quick") == ([expected] * len(clients) if expected else [])
@@ -2013,7 +2039,7 @@ def test_thousands_of_requests_leave_nothing_behind(start: Callable[..., Running
     before = memory(gate)
     some(300)
     gate.log(1200)
-    eventually(lambda: threads_of(gate) == 3)  # one accepts, one relays, one keeps house
+    eventually(lambda: threads_of(gate) == 3)  # one accepts, one makes all steps, one keeps house
     assert memory(gate) - before < 3_000_000
     assert len(os.listdir(f"/proc/{gate.process.pid}/fd")) < 16
 
