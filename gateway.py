@@ -1380,8 +1380,10 @@ class Exchange:
     def happened(self, wire: Wire, events: int) -> bool:
         """Move what can move after this; whether more of a head has come, or the answer is with the client."""
         data = None
-        if wire is self._client or self._outgoing:
-            self._push(wire, events)
+        if wire is self._client and events & ~WRITE:
+            self._hear_client(events)
+        if self._outgoing:
+            self._push()
         if wire is self.upstream and not self._incoming:
             data = self.upstream.receive()
             if data == b"" and not (self._answering and self._answer_body.end()):
@@ -1424,7 +1426,7 @@ class Exchange:
         if not self._begun and self.upstream.receive() is not None:  # a look at a kept connection, before it is used
             raise UpstreamError(502, "the upstream spoke before it was asked, or closed the connection")
         if self._outgoing:
-            self._push(self.upstream, 0)
+            self._push()
         self._watch()
         while not self.upstream.ahead or not (found := _upstreams(split_head, self.upstream.ahead)):
             yield self
@@ -1487,12 +1489,8 @@ class Exchange:
         if self._progress >= MIN_PROGRESS:
             self._progress, self._patience = 0, self._moved + self._settings.body_timeout
 
-    def _push(self, wire: Wire, events: int) -> None:
-        """Send what can go after this.  An upstream that takes no more may still have an answer for us."""
-        if wire is self._client and events & ~WRITE:
-            self._hear_client(events)
-        if not self._outgoing:
-            return
+    def _push(self) -> None:
+        """Send what is due.  An upstream that takes no more may still have an answer for us."""
         try:
             rest = self.upstream.send_some(self._outgoing)
         except UpstreamError:
@@ -1607,11 +1605,10 @@ class Handler:
                     raise ClientLeft
                 wire.ahead += data
             request = parse_request(found[0])
-        except TimeoutError:
+        except (ClientError, ClientLeft, TimeoutError) as error:
             self.record["method"], self.record["path"] = requested(wire.ahead)
-            raise ClientError(408, "the request's head came too slowly") from None
-        except (ClientError, ClientLeft):
-            self.record["method"], self.record["path"] = requested(wire.ahead)
+            if isinstance(error, TimeoutError):
+                raise ClientError(408, "the request's head came too slowly") from None
             raise
         self.record["method"], self.record["path"] = logged(request.method), logged(request.target.partition(b"?")[0])
         wire.ahead = found[1]
