@@ -652,8 +652,9 @@ class BodyReader:
 
     def whole_chunk(self, data: bytes) -> bytes:
         """The content of the next bytes, if they are one whole chunk, written as chunk() does it."""
-        content = data[data.find(b"\n") + 1 : -2]
-        return content if self.rest == b"\r\n" and chunk(content) == data else b""
+        at = data.find(b"\n") + 1
+        expected = self.rest == b"\r\n" and data.endswith(b"\r\n")
+        return data[at:-2] if expected and data[:at] == b"%x\r\n" % (len(data) - at - 2) else b""
 
     def end(self) -> bool:
         """The connection has ended: was the body whole?"""
@@ -973,7 +974,7 @@ class Wire:
             inner = getattr(sock, "_sslobj", None) or sock
             self._read, self._write, self._most = inner.read, inner.write, TLS_RECORD
         self.ahead = b""  # what was read and not used yet
-        self.watched = 0  # events for which a selector watches it
+        self.events = 0  # for which a selector watches it
         self.unwatch: Callable[[Wire], None] = lambda _: None  # which makes it stop
         self.task: Any = None  # who waits for them
 
@@ -984,6 +985,9 @@ class Wire:
                 return self.sock.do_handshake()
             except _NOT_NOW as error:
                 events = WRITE if isinstance(error, ssl.SSLWantWriteError) else READ
+            except OSError:
+                self._close()  # and no more, since a reset might overtake our alert
+                raise
             yield Wait(deadline, ((self, events),), idle=True)
 
     def receive(self) -> bytes | None:
@@ -1119,9 +1123,12 @@ class Threads:
         self._idle = threading.Semaphore(0)  # threads that nobody has promised a call to
 
     def run(self, call: Callable[[], Any]) -> None:
-        """Have a thread call this; RuntimeError where none can be had."""
+        """Have a thread call this; OSError where none can be had."""
         if not self._idle.acquire(blocking=False):
-            threading.Thread(target=self._work, daemon=True).start()
+            try:
+                threading.Thread(target=self._work, daemon=True).start()
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, str(error)) from None
         self._calls.put(call)
 
     def _work(self) -> None:
@@ -1156,7 +1163,7 @@ class Selector:
         self._poll: Any = select.epoll() if self._epoll else getattr(select, "poll", SelectPoll)()
         self._tick = TICK if self._epoll else TICK * 1000  # it counts in seconds, poll in milliseconds
         self._threads = Threads()
-        self._watched: dict[int, Wire] = {}  # by descriptor
+        self._wires: dict[int, Wire] = {}  # that are watched, by descriptor
         self._tasks: dict[Task, None] = {}
         self._news: deque[tuple[Task, Any, Exception | None]] = deque()  # from other threads
         self._ringer, bell = socket.socketpair()  # tells that there are some
@@ -1185,7 +1192,7 @@ class Selector:
         looked = time.monotonic()
         while True:
             for descriptor, events in self._poll.poll(self._tick):
-                wire = self._watched.get(descriptor)
+                wire = self._wires.get(descriptor)
                 if not wire:  # a step just now has closed it
                     continue
                 task = wire.task
@@ -1215,17 +1222,19 @@ class Selector:
             self._tasks.pop(task, None)
             wait = NEVER
         try:
+            self._watch(task, NEVER if callable(wait) else wait)  # first, so that no event passes for a call's end
             if callable(wait):
                 self._threads.run(functools.partial(self._call, task, wait))
-            self._watch(task, NEVER if callable(wait) else wait)
-        except (OSError, RuntimeError) as error:  # no thread could be had, or no wire watched
+        except OSError as error:  # no thread could be had, or a wire not be watched
             self._tell(task, failure=error)
 
     def _call(self, task: Task, call: Callable[[], Any]) -> None:
         try:
-            self._tell(task, call())
+            result = call()
         except Exception as error:  # is for those who asked for the call
             self._tell(task, failure=error)
+        else:
+            self._tell(task, result)
 
     def _watch(self, task: Task, wait: Any) -> None:
         for wire, _ in task.watched:  # which stay watched, mostly for the next one: to change that is a system call
@@ -1233,21 +1242,19 @@ class Selector:
         task.wait, task.watched = wait, wait.watched
         for wire, events in wait.watched:
             wire.task = task
-            if events == wire.watched:
-                continue
             if not events:  # not even for its end, which would be reported all the time
                 self._unwatch(wire)
-            elif wire.watched:
-                self._poll.modify(wire.descriptor, events)
-            else:
+            elif not wire.events:
                 self._poll.register(wire.descriptor, events)
-                self._watched[wire.descriptor], wire.unwatch = wire, self._unwatch
-            wire.watched = events
+                self._wires[wire.descriptor], wire.unwatch = wire, self._unwatch
+            elif events != wire.events:
+                self._poll.modify(wire.descriptor, events)
+            wire.events = events
 
     def _unwatch(self, wire: Wire) -> None:
-        if wire.watched:
-            wire.watched = 0
-            del self._watched[wire.descriptor]
+        if wire.events:
+            wire.events = 0
+            del self._wires[wire.descriptor]
             self._poll.unregister(wire.descriptor)
 
 
@@ -1576,6 +1583,8 @@ class Handler:
         except ClientLeft:
             self.record["status"] = 499
             self.wire.abort()
+        except OSError:  # see Selector: what peers do is none
+            yield from self._refuse(Refusal(503, "the gateway is short of threads or memory; try again"))
         finally:
             append_line(self.gateway.log, audit_line(self.record, time.monotonic() - began))
         return False
@@ -2024,6 +2033,7 @@ def upstream_url(text: str) -> Upstream:
         url = urllib.parse.urlsplit(text)
         odd = url.username or url.password or url.query or url.fragment or not re.fullmatch("[!-~]+", text)
         if url.scheme in ("http", "https") and url.hostname and not odd:
+            url.hostname.encode("idna")  # or to connect would raise a UnicodeError
             tls = url.scheme == "https"
             return Upstream(tls, url.hostname, url.port or (443 if tls else 80), url.netloc, url.path.rstrip("/"))
     raise argparse.ArgumentTypeError("an upstream is http://HOST:PORT or https://HOST:PORT, with a path at most")

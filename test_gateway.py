@@ -552,7 +552,7 @@ def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, mo
 @pytest.mark.parametrize("arguments", [
     ["--nonsense"], ["--list", ":1"], ["serve"], ["keygen", "two words"], ["--listen", "8443"], ["--listen", ":99999"],
     ["--listen", "::1:8443"], ["--upstream", "localhost:11434"], ["--upstream", "ftp://x"], ["--upstream", "http://u:p@x"],
-    ["--upstream", "http://x?y"], ["--upstream", "http://x:port"], ["--max-connections", "0"], ["--max-connections", "1.5"],
+    ["--upstream", "http://x?y"], ["--upstream", "http://x:port"], ["--upstream", "http://a..b"], ["--max-connections", "0"], ["--max-connections", "1.5"],
     ["--grace", "0"], ["--grace", "-1"], ["--grace", "nan"], ["--grace", "1e3"], ["--cors-origin", "https://x/"],
     ["--cors-origin", "*"], ["--name", ""], ["--name", "\u00e9.example"], ["--name", "a,b"], ["--keys"],
 ], ids=" ".join)  # fmt: skip
@@ -1683,9 +1683,41 @@ def test_a_client_that_leaves_behind_unread_requests_frees_the_upstream(gate: Ru
     assert gate.log(1)[0]["status"] == 499
 
 
-def cpu_seconds(gate: RunningGateway) -> float:
-    fields = Path(f"/proc/{gate.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+SHORT_OF = """
+import os, runpy, select, selectors, threading
+class Epoll:
+    def __init__(self):
+        self.real = epoll()
+        self.poll, self.modify, self.unregister = self.real.poll, self.real.modify, self.real.unregister
+    def register(self, *arguments):
+        if os.path.exists("no watch"):
+            raise OSError(28, "No space left on device")
+        self.real.register(*arguments)
+def start_thread(thread):
+    if os.path.exists("no thread"):
+        raise RuntimeError("can't start new thread")
+    start(thread)
+epoll, select.epoll = select.epoll, Epoll
+start, threading.Thread.start = threading.Thread.start, start_thread
+"""
+
+
+@linux
+@pytest.mark.parametrize("short_of", ["no watch", "no thread"])
+def test_a_system_that_is_short_of_something_costs_one_request_and_is_logged(
+    tmp_path: Path, start: Callable[..., RunningGateway], upstream: FakeUpstream, short_of: str
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(f"{SHORT_OF}\nrunpy.run_path({str(HERE / 'gateway.py')!r}, run_name='__main__')\n")
+    gate = start(program=program)
+    with gate.connect() as sock:
+        (gate.folder / short_of).touch()
+        sock.sendall(request())
+        answer = Reader(sock).message(answer_to="POST")
+        assert (answer.status, list(json.loads(answer.body))) == (503, ["error"])
+        (gate.folder / short_of).unlink()
+    assert gate.ask().status == 200
+    assert [line["status"] for line in gate.log(2)] == [503, 200]
 
 
 def test_a_wire_that_is_closed_again_harms_no_other_that_has_its_descriptor_now() -> None:
@@ -1705,12 +1737,17 @@ def test_a_wire_that_is_closed_again_harms_no_other_that_has_its_descriptor_now(
     second = gateway.Wire(near, gateway.ClientLeft)
     assert second.descriptor == first.descriptor
     selector.begin(listen(second, heard.set))
-    eventually(lambda: second.watched)
+    eventually(lambda: second.events)
     first.abort()
     far.send(b"!")
     assert heard.wait(PATIENCE)
     for sock in (near, far):
         sock.close()
+
+
+def cpu_seconds(gate: RunningGateway) -> float:
+    fields = Path(f"/proc/{gate.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @linux
