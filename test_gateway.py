@@ -1710,14 +1710,19 @@ def test_a_system_that_is_short_of_something_costs_one_request_and_is_logged(
     program = tmp_path / "program.py"
     program.write_text(f"{SHORT_OF}\nrunpy.run_path({str(HERE / 'gateway.py')!r}, run_name='__main__')\n")
     gate = start(program=program)
+    upstream.script = lambda sock, _: sock.sendall(ok(b"{}", "Connection: close"))
     with gate.connect() as sock:
+        reader = Reader(sock)
+        sock.sendall(request())
+        assert reader.message(answer_to="POST").status == 200
+        eventually(lambda: threads_of(gate) == 3)  # the one that connected has ended
         (gate.folder / short_of).touch()
         sock.sendall(request())
-        answer = Reader(sock).message(answer_to="POST")
+        answer = reader.message(answer_to="POST")
         assert (answer.status, list(json.loads(answer.body))) == (503, ["error"])
         (gate.folder / short_of).unlink()
     assert gate.ask().status == 200
-    assert [line["status"] for line in gate.log(2)] == [503, 200]
+    assert [line["status"] for line in gate.log(3)] == [200, 503, 200]
 
 
 def test_a_wire_that_is_closed_again_harms_no_other_that_has_its_descriptor_now() -> None:
