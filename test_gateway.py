@@ -1369,7 +1369,7 @@ def test_the_answers_fields_travel_unchanged_but_for_hops(gate: RunningGateway, 
     assert [line.decode("latin-1") for line in gate.ask().head] == expected
 
 
-def test_upstream_connections_are_kept_and_looked_at_before_reuse(
+def test_upstream_connections_are_kept_and_watched_until_reuse(
     start: Callable[..., RunningGateway], upstream: FakeUpstream
 ) -> None:
     gate = start()
@@ -1396,7 +1396,7 @@ def test_an_upstream_that_restarted_costs_the_client_nothing(gate: RunningGatewa
 def test_a_request_that_can_do_no_harm_is_sent_again_when_a_kept_connection_ends(
     gate: RunningGateway, upstream: FakeUpstream
 ) -> None:
-    """The upstream closes just when the connection is used again: no look beforehand can tell."""
+    """The upstream closes just when the connection is used again: nothing beforehand can tell."""
     def close_on_the_second(sock: socket.socket, message: Message) -> None:
         if len([m for m in upstream.received if m.head[0] == message.head[0]]) == 1 and b"/2" in message.head[0]:
             sock.shutdown(socket.SHUT_RDWR)
@@ -1416,16 +1416,20 @@ class KeptExchange:
         settings = gateway.Settings(**gateway.parse_arguments(["--upstream", f"http://127.0.0.1:{port}"])[1])
         (self.near, self.far), (self.client, self.peer) = socket.socketpair(), socket.socketpair()
         pool, wire = gateway.Pool(settings.upstream), gateway.Wire(self.client, gateway.ClientLeft)
-        pool.give_back(gateway.Wire(self.near, lambda: gateway.UpstreamError(502, "it broke")))
+        self.kept = gateway.Wire(self.near, lambda: gateway.UpstreamError(502, "it broke"))
+        pool.give_back(self.kept)
         wire.ahead = b"x" * size
         post = gateway.parse_request(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d" % size)
         self.way = gateway.Exchange(pool, wire, post, gateway.forwarded_head(post, settings.upstream, "::1"), settings)
 
-    def answer(self) -> bytes:
+    def answer(self, meanwhile: Callable[[], None] = lambda: None) -> bytes:
         done = threading.Event()
 
         def steps() -> gateway.Steps[None]:
+            with contextlib.suppress(TimeoutError):
+                yield gateway.Wait(0, ((self.kept, gateway.READ),))  # kept connections are watched
             yield from self.way.connect()
+            meanwhile()
             answer = yield from self.way.read_head()
             yield from self.way.relay(answer, b"", chunked=False)
             done.set()
@@ -1456,11 +1460,14 @@ def test_a_request_that_was_not_sent_whole_spoils_its_connection(upstream: FakeU
 
 @pytest.mark.parametrize("unasked", [b"", ok(b"nobody asked")], ids=["ends", "speaks"])
 def test_a_kept_connection_that_fails_at_the_last_moment_costs_nothing(upstream: FakeUpstream, unasked: bytes) -> None:
-    """After the look at it and before the first byte: no harm in sending the request again, even a POST."""
+    """After it was taken and before the first byte: no harm in sending the request again, even a POST."""
     with KeptExchange(upstream.port, 5) as exchange:
-        exchange.far.sendall(unasked)
-        exchange.far.close()
-        assert exchange.answer() == b"{}"
+
+        def fail() -> None:
+            exchange.far.sendall(unasked)
+            exchange.far.close()
+
+        assert exchange.answer(fail) == b"{}"
         assert upstream.received[0].body == b"xxxxx"
 
 
@@ -1715,7 +1722,7 @@ def test_a_system_that_is_short_of_something_costs_one_request_and_is_logged(
         reader = Reader(sock)
         sock.sendall(request())
         assert reader.message(answer_to="POST").status == 200
-        eventually(lambda: threads_of(gate) == 3)  # the one that connected has ended
+        eventually(lambda: threads_of(gate) == 4)  # the one that connected has ended
         (gate.folder / short_of).touch()
         sock.sendall(request())
         answer = reader.message(answer_to="POST")
@@ -1948,7 +1955,7 @@ def test_slow_clients_delay_nobody_and_are_dropped(
     expected = {"in_the_head": 408, "in_the_body": 408, "without_reading": 499}.get(slow.__name__)
     lines = gate.log(1 + len(clients)) if expected else gate.log(1)
     assert sorted(line["status"] for line in lines if line["path"] != "/quick") == ([expected] * len(clients) if expected else [])
-    eventually(lambda: threads_of(gate) <= 4)
+    eventually(lambda: threads_of(gate) <= 5)
     for client in clients:
         client.close()
 
@@ -2081,7 +2088,7 @@ def test_thousands_of_requests_leave_nothing_behind(start: Callable[..., Running
     before = memory(gate)
     some(300)
     gate.log(1200)
-    eventually(lambda: threads_of(gate) == 3)  # one accepts, one makes all steps, one keeps house
+    eventually(lambda: threads_of(gate) == 4)  # one accepts, one makes all steps, one watches the clock, one keeps house
     assert memory(gate) - before < 3_000_000
     assert len(os.listdir(f"/proc/{gate.process.pid}/fd")) < 16
 
