@@ -536,8 +536,9 @@ def keeps_alive(message: Request | Answer) -> bool:
 
 def end_to_end(fields: Fields, dropped: set[bytes]) -> list[bytes]:
     """The lines that may travel on: neither dropped, nor named by Connection."""
-    named = list_members(fields, b"connection") - {b"content-length"}  # which is never for one connection only
-    return [line for name, line in fields.lines if name not in dropped and name not in named]
+    if b"connection" in fields:
+        dropped = dropped | list_members(fields, b"connection") - {b"content-length"}  # which is never for one only
+    return [line for name, line in fields.lines if name not in dropped]
 
 
 def forwarded_head(request: Request, upstream: Upstream, peer: str, without: bytes = b"") -> bytes:
@@ -815,10 +816,9 @@ class LogFile:
         self.whole = True  # as the operator was told, see log_news
 
 
-def new_record(began: datetime, client: str) -> dict[str, Any]:
-    """What the audit log says of a request, as far as its beginning tells."""
+def new_record(client: str) -> dict[str, Any]:
+    """What the audit log says of a request, besides the time."""
     return {
-        "timestamp": began.isoformat(timespec="milliseconds")[:-6] + "Z",
         "key": None,
         "path": None,
         "prompt_tokens": None,
@@ -834,10 +834,11 @@ def new_record(began: datetime, client: str) -> dict[str, Any]:
 _json = functools.lru_cache(maxsize=1024)(json.dumps)
 
 
-def audit_line(record: dict[str, Any], seconds: float) -> bytes:
-    """The record of a request that took that long, as one line of ASCII JSON."""
-    members = [f'"{name}": {_json(value)}' for name, value in record.items()]
-    return f'{{{", ".join(members)}, "duration_ms": {round(seconds * 1000)}}}\n'.encode()
+def audit_line(began: datetime, record: dict[str, Any], seconds: float) -> bytes:
+    """The record of a request that began then, in UTC, and took that long, as one line of ASCII JSON."""
+    timestamp = began.isoformat(timespec="milliseconds")[:-6]
+    members = ", ".join([f'"{name}": {_json(value)}' for name, value in record.items()])
+    return f'{{"timestamp": "{timestamp}Z", {members}, "duration_ms": {round(seconds * 1000)}}}\n'.encode()
 
 
 def append_line(log: LogFile, line: bytes = b"") -> bool:
@@ -1160,7 +1161,7 @@ class Selector:
     def __init__(self) -> None:
         self.stopping = False  # from then on, nobody waits for another request
         # epoll is Linux only; it finds what is ready without looking at the rest.
-        self._poll: Any = (getattr(select, "epoll", None) or getattr(select, "poll", SelectPoll))()
+        self._poll: Any = getattr(select, "epoll", getattr(select, "poll", SelectPoll))()
         self._threads = Threads()
         self._wires: dict[int, Wire] = {}  # that are watched, by descriptor
         self._tasks: dict[Task, None] = {}
@@ -1284,10 +1285,10 @@ class Pool:
         self._idle: deque[tuple[float, Wire]] = deque()  # (since when, connection), oldest first
 
     def take(self) -> Wire | None:
-        """A kept connection, if there is one.  On which something happened, its end or bytes unasked, is not watched now."""
+        """A kept connection, if there is one that can be used."""
         while self._idle:
             wire = self._idle.pop()[1]
-            if wire.events:
+            if wire.events:  # or something was heard while nobody waited: its end, or what nobody has asked for
                 return wire
             wire.abort()
         return None
@@ -1581,7 +1582,7 @@ class Handler:
     def _one_request(self) -> Steps[bool]:
         """Answer one request and log it; True if the connection can carry another."""
         self.began, began = datetime.now(timezone.utc), time.monotonic()
-        self.record = new_record(self.began, self.peer)
+        self.record = new_record(self.peer)
         self.unread = True
         self.answering = False  # whether a head went out, after which there can be no other
         self.cors: list[bytes] = []
@@ -1595,7 +1596,7 @@ class Handler:
         except OSError:  # see Selector: what peers do is none
             yield from self._refuse(Refusal(503, "the gateway is short of threads or memory; try again"))
         finally:
-            append_line(self.gateway.log, audit_line(self.record, time.monotonic() - began))
+            append_line(self.gateway.log, audit_line(self.began, self.record, time.monotonic() - began))
         return False
 
     def _serve(self) -> Steps[bool]:

@@ -1167,8 +1167,8 @@ def test_no_client_can_make_a_line_that_might_block_a_pipe() -> None:
     method, path = gateway.requested(b"A" * 8000 + b" /" + "\U0001f600".encode() * 2000 + b" HTTP/1.1")
     excerpt = gateway.Excerpt()
     excerpt.add(json.dumps({"model": "\U0001f600" * 500}).encode())
-    worst = {**gateway.new_record(datetime.now(timezone.utc), "::1"), "key": "n" * 64, "method": method, "path": path, "model": gateway.model_name(excerpt)}
-    assert len(gateway.audit_line(worst, 1e6)) <= 4096
+    worst = {**gateway.new_record("::1"), "key": "n" * 64, "method": method, "path": path, "model": gateway.model_name(excerpt)}
+    assert len(gateway.audit_line(datetime.now(timezone.utc), worst, 1e6)) <= 4096
 
 
 def test_a_log_that_was_moved_or_deleted_is_begun_anew(gate: RunningGateway) -> None:
