@@ -294,6 +294,13 @@ class RunningGateway:
             assert "internal error" not in self.stderr
 
 
+def patched_gateway(folder: Path, patch: str) -> Path:
+    """A program that runs this first, and then the gateway."""
+    program = folder / "program.py"
+    program.write_text(f"{patch}\nimport runpy\nrunpy.run_path({str(HERE / 'gateway.py')!r}, run_name='__main__')\n")
+    return program
+
+
 def request(path: str = "/api/chat", body: bytes = b"", *lines: str, method: str = "POST", key: str | None = KEY) -> bytes:
     head = [f"{method} {path} HTTP/1.1", "Host: localhost", *([f"X-Api-Key: {key}"] if key else []), *lines]
     if body and not any(line.lower().startswith(("transfer-", "content-length")) for line in lines):
@@ -1384,6 +1391,26 @@ def test_upstream_connections_are_kept_and_watched_until_reuse(
     assert upstream.connections == 2
 
 
+SMALL_BUFFERS = """
+import socket
+def accept_small(sock):
+    connection, address = accept(sock)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return connection, address
+accept, socket.socket.accept = socket.socket.accept, accept_small
+"""
+
+
+def test_an_answer_that_had_to_wait_for_its_client_leaves_its_connection_to_others(
+    tmp_path: Path, start: Callable[..., RunningGateway], upstream: FakeUpstream
+) -> None:
+    gate = start(program=patched_gateway(tmp_path, SMALL_BUFFERS))
+    upstream.connections = 0
+    upstream.script = ok(b"x" * LARGE)
+    assert [len(gate.ask().body) for _ in range(3)] == [LARGE] * 3
+    assert upstream.connections == 1
+
+
 def test_an_upstream_that_restarted_costs_the_client_nothing(gate: RunningGateway, upstream: FakeUpstream) -> None:
     def answer_and_go(sock: socket.socket, _: Message) -> None:
         sock.sendall(ok(b"{}"))
@@ -1691,7 +1718,7 @@ def test_a_client_that_leaves_behind_unread_requests_frees_the_upstream(gate: Ru
 
 
 SHORT_OF = """
-import os, runpy, select, selectors, threading
+import os, select, selectors, threading
 class Epoll:
     def __init__(self):
         self.real = epoll()
@@ -1714,9 +1741,7 @@ start, threading.Thread.start = threading.Thread.start, start_thread
 def test_a_system_that_is_short_of_something_costs_one_request_and_is_logged(
     tmp_path: Path, start: Callable[..., RunningGateway], upstream: FakeUpstream, short_of: str
 ) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(f"{SHORT_OF}\nrunpy.run_path({str(HERE / 'gateway.py')!r}, run_name='__main__')\n")
-    gate = start(program=program)
+    gate = start(program=patched_gateway(tmp_path, SHORT_OF))
     upstream.script = lambda sock, _: sock.sendall(ok(b"{}", "Connection: close"))
     with gate.connect() as sock:
         reader = Reader(sock)
