@@ -1190,7 +1190,7 @@ class Selector:
                 self._step(*self._news.popleft())
 
     def _tick(self) -> None:
-        """Have deadlines looked at: a time-out of each poll's own cost 5 % of a request's CPU."""
+        """Have deadlines looked at.  A time-out of each poll's own cost 1 % more of a request's CPU."""
         clock = Task(self._look_for_overdue())
         while True:
             self._tell(clock)
