@@ -82,7 +82,7 @@ IDLE_THREAD: Final = 2.0  # seconds that a thread waits for something else to do
 POOL_SIZE: Final = 64  # idle upstream connections
 POOL_SECONDS: Final = 4.0  # for which they are kept: uvicorn and llama.cpp close theirs after 5
 LINGER: Final = 2.0  # seconds in which a refused client may finish sending and read why
-TICK: Final = 0.25  # seconds between two looks at keys, certificate, pool
+TICK: Final = 0.25  # seconds between two looks at keys, certificate, pool, deadlines
 NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # it may pass, so wait
 
 
@@ -1166,7 +1166,8 @@ class Selector:
         self._wires: dict[int, Wire] = {}  # that are watched, by descriptor
         self._tasks: dict[Task, None] = {}
         self._news: deque[tuple[Task, Any, Exception | None]] = deque()  # from other threads
-        self._ringer, bell = socket.socketpair()  # tells that there are some
+        self._ticked = False  # whether it is time to look at deadlines
+        self._ringer, bell = socket.socketpair()  # tells of both
         self._ringer.setblocking(False)
         self._step(Task(self._hear(Wire(bell, ClientLeft))))
         threading.Thread(target=self._run, daemon=True).start()
@@ -1178,6 +1179,16 @@ class Selector:
 
     def _tell(self, task: Task, result: Any = None, failure: Exception | None = None) -> None:
         self._news.append((task, result, failure))
+        self._ring()
+
+    def _tick(self) -> None:
+        """Have deadlines looked at.  A time-out of each poll's own cost 1 % more of a request's CPU."""
+        while True:
+            time.sleep(TICK)
+            self._ticked = True
+            self._ring()
+
+    def _ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it rings already, and how
             self._ringer.send(b"!")
 
@@ -1188,21 +1199,14 @@ class Selector:
             bell.receive()
             while self._news:
                 self._step(*self._news.popleft())
+            if self._ticked:
+                self._ticked = False
+                self._look_for_overdue(time.monotonic())
 
-    def _tick(self) -> None:
-        """Have deadlines looked at.  A time-out of each poll's own cost 1 % more of a request's CPU."""
-        clock = Task(self._look_for_overdue())
-        while True:
-            self._tell(clock)
-            time.sleep(TICK)
-
-    def _look_for_overdue(self) -> Steps[None]:
-        while True:
-            yield NEVER
-            now = time.monotonic()
-            for task in list(self._tasks):
-                if task.wait.deadline < now or (self.stopping and task.wait.idle):
-                    self._step(task, failure=task.wait.overdue())
+    def _look_for_overdue(self, now: float) -> None:
+        for task in list(self._tasks):
+            if task.wait.deadline < now or (self.stopping and task.wait.idle):
+                self._step(task, failure=task.wait.overdue())
 
     def _run(self) -> None:
         while True:

@@ -1782,6 +1782,42 @@ def test_a_wire_that_is_closed_again_harms_no_other_that_has_its_descriptor_now(
         sock.close()
 
 
+def test_what_held_all_up_is_not_followed_by_every_look_that_was_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the audit log's disk hangs for an hour, deadlines are looked at once thereafter, not 14,400 times."""
+    monkeypatch.setattr(gateway, "TICK", 0.001)
+    selector, wait, looks, counted = gateway.Selector(), CountingWait(), 0, threading.Event()
+
+    def waiting() -> gateway.Steps[None]:
+        yield wait
+
+    def hold_up() -> gateway.Steps[None]:
+        time.sleep(0.2)
+        before = wait.looks
+        yield lambda: None
+        nonlocal looks
+        looks = wait.looks - before
+        counted.set()
+
+    selector.begin(waiting())
+    eventually(lambda: wait.looks)
+    selector.begin(hold_up())
+    assert counted.wait(PATIENCE)
+    assert looks < 10
+
+
+class CountingWait:
+    """A wait without end that counts how often its deadline was looked at."""
+
+    watched: tuple[Any, ...] = ()
+    idle = False
+    looks = 0
+
+    @property
+    def deadline(self) -> float:
+        self.looks += 1
+        return 1e9
+
+
 def cpu_seconds(gate: RunningGateway) -> float:
     fields = Path(f"/proc/{gate.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
