@@ -1344,8 +1344,8 @@ class Exchange:
         self._answer_body: BodyReader  # from relay() on
         self._head = self._outgoing = head  # what is to be sent, and what of it is still here
         self._incoming = b""  # what the client is to get, and has not taken yet
-        self._used_before = False  # whether the upstream's connection was
         self._chunked = False  # whether it gets that in chunks
+        self._used_before = False  # whether the upstream's connection was
         self._begun = False  # whether some of the request went
         self._answering = False  # whether the answer is being brought to the client
         self._refused = False  # whether a part of it could not be sent; the upstream may still answer
