@@ -1577,12 +1577,15 @@ SYSTEMS = {"as Linux": "", "as macOS": "del select.epoll", "as Windows": "del se
 
 
 @pytest.fixture(params=list(SYSTEMS.values()), ids=list(SYSTEMS))
-def anywhere(request: pytest.FixtureRequest, tmp_path: Path, start: Callable[..., RunningGateway]) -> RunningGateway:
-    """A gateway that finds what this or another system has to wait with."""
+def anywhere(
+    request: pytest.FixtureRequest, tmp_path: Path, start: Callable[..., RunningGateway], upstream: FakeUpstream
+) -> RunningGateway:
+    """A gateway that finds what this or another system has to wait with, and there connects in threads."""
     program = tmp_path / "program.py"
     gone = request.param if all(hasattr(select, name) for name in re.findall(r"select\.(\w+)", request.param)) else ""
     program.write_text(f"import runpy, select\n{gone}\nrunpy.run_path({str(HERE / 'gateway.py')!r}, run_name='__main__')\n")
-    return start("--upstream-timeout", "2", "--write-timeout", "2", program=program)
+    where = ["--upstream", f"http://localhost:{upstream.port}"] if gone else []
+    return start("--upstream-timeout", "2", "--write-timeout", "2", *where, program=program)
 
 
 def test_every_stream_gets_its_own_tokens_and_no_other(anywhere: RunningGateway, upstream: FakeUpstream) -> None:
@@ -1603,6 +1606,47 @@ def test_every_stream_gets_its_own_tokens_and_no_other(anywhere: RunningGateway,
     for number, answer in enumerate(answers):
         assert (answer.whole, answer.body) == (True, b"".join(b"/%d %d\n" % (number, token) for token in range(50)))
     assert {line["status"] for line in anywhere.log(40)} == {200}
+
+
+@linux
+def test_a_burst_of_streams_from_an_upstream_next_door_takes_no_threads(
+    start: Callable[..., RunningGateway], upstream: FakeUpstream
+) -> None:
+    gate, all_begun, counted = start(), threading.Barrier(41), threading.Event()
+
+    def stream(sock: socket.socket, _: Message) -> None:
+        head_of_stream(sock)
+        all_begun.wait(PATIENCE)
+        assert counted.wait(PATIENCE)
+        sock.sendall(b"0\r\n\r\n")
+
+    upstream.script = stream
+    with ThreadPoolExecutor(40) as clients:
+        answers = clients.map(lambda _: gate.ask(), range(40))
+        all_begun.wait(PATIENCE)
+        threads = threads_of(gate)
+        counted.set()
+        assert {answer.whole for answer in answers} == {True}
+    assert threads == 4
+
+
+@linux
+def test_an_upstream_next_door_that_has_no_room_holds_up_nobody(start: Callable[..., RunningGateway]) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ThreadPoolExecutor() as clients:
+        gate = start("--upstream", "http://127.0.0.1:%d" % full.getsockname()[1])
+        with full.accept()[0]:  # it asked whether there is somebody
+            pass
+        crowd = socket.create_connection(full.getsockname())
+        waiting = clients.submit(gate.ask)
+        began = time.monotonic()
+        assert [gate.ask(key=None).status for _ in range(10)] == [403] * 10
+        assert time.monotonic() - began < 2.0
+        full.accept()[0].close()
+        with full.accept()[0] as sock:
+            assert Reader(sock).message().head
+            sock.sendall(ok(b"after all"))
+            assert waiting.result(PATIENCE).body == b"after all"
+        crowd.close()
 
 
 def test_a_client_that_reads_slowly_gets_all_and_holds_up_nobody(anywhere: RunningGateway, upstream: FakeUpstream) -> None:
@@ -1741,7 +1785,8 @@ start, threading.Thread.start = threading.Thread.start, start_thread
 def test_a_system_that_is_short_of_something_costs_one_request_and_is_logged(
     tmp_path: Path, start: Callable[..., RunningGateway], upstream: FakeUpstream, short_of: str
 ) -> None:
-    gate = start(program=patched_gateway(tmp_path, SHORT_OF))
+    where = f"http://localhost:{upstream.port}"  # a name, so that a thread is needed to connect
+    gate = start("--upstream", where, program=patched_gateway(tmp_path, SHORT_OF))
     upstream.script = lambda sock, _: sock.sendall(ok(b"{}", "Connection: close"))
     with gate.connect() as sock:
         reader = Reader(sock)
