@@ -40,7 +40,6 @@ import ipaddress
 import json
 import math
 import os
-import queue
 import re
 import secrets
 import select
@@ -78,7 +77,6 @@ TLS_RECORD: Final = 16 * 1024  # bytes that the largest one holds: RFC 8446, 5.1
 READ_AHEAD: Final = 64 * 1024  # bytes of pipelined requests held while one is being answered
 MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that renew --body-timeout
 CONNECT_TIMEOUT: Final = 5.0  # seconds to reach the upstream
-IDLE_THREAD: Final = 2.0  # seconds that a thread waits for something else to do
 POOL_SIZE: Final = 64  # idle upstream connections
 POOL_SECONDS: Final = 4.0  # for which they are kept: uvicorn and llama.cpp close theirs after 5
 LINGER: Final = 2.0  # seconds in which a refused client may finish sending and read why
@@ -1116,33 +1114,6 @@ class SelectPoll:
         return [(fd, READ) for fd in reading] + [(fd, WRITE) for fd in writing]
 
 
-class Threads:
-    """Call what blocks.  They are used again: to start one each time costs a burst of 1000 streams 5 % more CPU."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)  # threads that nobody has promised a call to
-
-    def run(self, call: Callable[[], Any]) -> None:
-        """Have a thread call this; OSError where none can be had."""
-        if not self._idle.acquire(blocking=False):
-            try:
-                threading.Thread(target=self._work, daemon=True).start()
-            except RuntimeError as error:
-                raise OSError(errno.EAGAIN, str(error)) from None
-        self._calls.put(call)
-
-    def _work(self) -> None:
-        while call := self._next():
-            call()
-            self._idle.release()
-
-    def _next(self) -> Callable[[], Any] | None:
-        with contextlib.suppress(queue.Empty):
-            return self._calls.get(timeout=IDLE_THREAD)
-        return None if self._idle.acquire(blocking=False) else self._calls.get()  # which has been promised
-
-
 NEVER: Final = Wait(math.inf)
 
 
@@ -1162,7 +1133,6 @@ class Selector:
         self.stopping = False  # from then on, nobody waits for another request
         # epoll is Linux only; it finds what is ready without looking at the rest.
         self._poll: Any = getattr(select, "epoll", getattr(select, "poll", SelectPoll))()
-        self._threads = Threads()
         self._wires: dict[int, Wire] = {}  # that are watched, by descriptor
         self._tasks: dict[Task, None] = {}
         self._news: deque[tuple[Task, Any, Exception | None]] = deque()  # from other threads
@@ -1235,9 +1205,9 @@ class Selector:
         try:
             self._watch(task, NEVER if callable(wait) else wait)  # first, so that no event passes for a call's end
             if callable(wait):
-                self._threads.run(functools.partial(self._call, task, wait))
-        except OSError as error:  # no thread could be had, or a wire not be watched
-            self._tell(task, failure=error)
+                threading.Thread(target=self._call, args=(task, wait), daemon=True).start()
+        except (OSError, RuntimeError) as error:  # a wire could not be watched, or no thread be had
+            self._tell(task, failure=OSError(errno.ENOMEM, str(error)))
 
     def _call(self, task: Task, call: Callable[[], Any]) -> None:
         try:

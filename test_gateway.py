@@ -1633,7 +1633,7 @@ def test_a_burst_of_streams_from_an_upstream_next_door_takes_no_threads(
 @linux
 def test_an_upstream_next_door_that_has_no_room_holds_up_nobody(start: Callable[..., RunningGateway]) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ThreadPoolExecutor() as clients:
-        gate = start("--upstream", "http://127.0.0.1:%d" % full.getsockname()[1])
+        gate = start("--upstream", f"http://127.0.0.1:{full.getsockname()[1]}")
         with full.accept()[0]:  # it asked whether there is somebody
             pass
         crowd = socket.create_connection(full.getsockname())
