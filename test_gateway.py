@@ -1827,6 +1827,45 @@ def test_a_wire_that_is_closed_again_harms_no_other_that_has_its_descriptor_now(
         sock.close()
 
 
+def test_an_event_of_a_closed_wire_is_no_news_for_the_next_that_has_its_descriptor() -> None:
+    """Both were readable at once; then the step for the first closed the other, and made a connection."""
+    selector, held, ready, heard, got = gateway.Selector(), threading.Event(), threading.Event(), threading.Event(), b""
+    (first, tell_first), (second, tell_second) = ((gateway.Wire(near, gateway.ClientLeft), far)
+                                                  for near, far in (socket.socketpair(), socket.socketpair()))
+    made: list[tuple[socket.socket, socket.socket]] = []
+
+    def hold_up() -> gateway.Steps[None]:
+        held.set()
+        assert ready.wait(PATIENCE)
+        yield from ()
+
+    def replace() -> gateway.Steps[None]:
+        yield from first.receive_until(time.monotonic() + PATIENCE)
+        second.abort()
+        made.append(socket.socketpair())
+        wire = gateway.Wire(made[0][0], gateway.ClientLeft)
+        assert wire.descriptor == second.descriptor
+        nonlocal got
+        got = yield from wire.receive_until(time.monotonic() + PATIENCE)
+        heard.set()
+
+    selector.begin(replace())
+    selector.begin(second.receive_until(time.monotonic() + PATIENCE))  # type: ignore[arg-type] # what it returns is lost
+    eventually(lambda: first.events and second.events)
+    selector.begin(hold_up())
+    assert held.wait(PATIENCE)
+    tell_first.send(b"1")
+    tell_second.send(b"2")
+    ready.set()
+    eventually(lambda: made)
+    assert not heard.wait(0.1)
+    made[0][1].send(b"its own")
+    assert heard.wait(PATIENCE)
+    assert got == b"its own"
+    for sock in (first.sock, tell_first, tell_second, *made[0]):
+        sock.close()
+
+
 def test_what_held_all_up_is_not_followed_by_every_look_that_was_due(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the audit log's disk hangs for an hour, deadlines are looked at once thereafter, not 14,400 times."""
     monkeypatch.setattr(gateway, "TICK", 0.001)
