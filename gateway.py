@@ -1093,7 +1093,7 @@ def _fail(error: OSError, _: int) -> bytes:
 
 # --- Selector ---
 # One thread makes the Steps of all connections, each when what it waits for has happened.  Only what blocks
-# whatever one does, to look up a name and to connect, has a thread for that time.  With a thread for each
+# whatever one does, to look up a name and to connect elsewhere, has a thread for that time.  With a thread for each
 # connection, which lent its running answer to one like this, a request of 16 busy clients and the beginning
 # of 256 streams cost 1.6 times the CPU: to wake a thread costs more than most steps, and those that are awake
 # fight for the interpreter.
@@ -1282,7 +1282,7 @@ class Pool:
         """
         if self._next_door:
             with contextlib.suppress(UpstreamError):
-                return self.connect(timeout=0.001)
+                return self.connect(timeout=0.001)  # without any, the system says that it has only begun
         return None
 
     def connect(self, timeout: float = CONNECT_TIMEOUT) -> Wire:

@@ -294,6 +294,23 @@ class RunningGateway:
             assert "internal error" not in self.stderr
 
 
+def threads_of(gate: RunningGateway) -> int:
+    """How many there are, where that can be seen."""
+    tasks = Path(f"/proc/{gate.process.pid}/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else 0
+
+
+def drip(sock: socket.socket, data: bytes, seconds: float) -> None:
+    """Send a byte now and then: enough for a time-out that starts anew with every byte."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(OSError):
+        for at in range(len(data)):
+            if time.monotonic() > deadline:
+                return
+            sock.sendall(data[at : at + 1])
+            time.sleep(0.1)
+
+
 def patched_gateway(folder: Path, patch: str) -> Path:
     """A program that runs this first, and then the gateway."""
     program = folder / "program.py"
@@ -1581,9 +1598,8 @@ def anywhere(
     request: pytest.FixtureRequest, tmp_path: Path, start: Callable[..., RunningGateway], upstream: FakeUpstream
 ) -> RunningGateway:
     """A gateway that finds what this or another system has to wait with, and there connects in threads."""
-    program = tmp_path / "program.py"
     gone = request.param if all(hasattr(select, name) for name in re.findall(r"select\.(\w+)", request.param)) else ""
-    program.write_text(f"import runpy, select\n{gone}\nrunpy.run_path({str(HERE / 'gateway.py')!r}, run_name='__main__')\n")
+    program = patched_gateway(tmp_path, f"import select\n{gone}")
     where = ["--upstream", f"http://localhost:{upstream.port}"] if gone else []
     return start("--upstream-timeout", "2", "--write-timeout", "2", *where, program=program)
 
@@ -1639,6 +1655,7 @@ def test_an_upstream_next_door_that_has_no_room_holds_up_nobody(start: Callable[
         crowd = socket.create_connection(full.getsockname())
         waiting = clients.submit(gate.ask)
         began = time.monotonic()
+        eventually(lambda: threads_of(gate) == 5)  # one waits for the upstream
         assert [gate.ask(key=None).status for _ in range(10)] == [403] * 10
         assert time.monotonic() - began < 2.0
         full.accept()[0].close()
@@ -1810,29 +1827,31 @@ def test_a_wire_that_is_closed_again_harms_no_other_that_has_its_descriptor_now(
         yield from wire.receive_until(time.monotonic() + PATIENCE)
         then()
 
-    near, far = socket.socketpair()
-    first = gateway.Wire(near, gateway.ClientLeft)
+    first, far = wire_and_peer()
     selector.begin(listen(first, first.abort))
     far.close()
-    eventually(lambda: near.fileno() == -1)
-    near, far = socket.socketpair()
-    second = gateway.Wire(near, gateway.ClientLeft)
+    eventually(lambda: first.sock.fileno() == -1)
+    second, far = wire_and_peer()
     assert second.descriptor == first.descriptor
     selector.begin(listen(second, heard.set))
     eventually(lambda: second.events)
     first.abort()
     far.send(b"!")
     assert heard.wait(PATIENCE)
-    for sock in (near, far):
+    for sock in (second.sock, far):
         sock.close()
+
+
+def wire_and_peer() -> tuple[gateway.Wire, socket.socket]:
+    near, far = socket.socketpair()
+    return gateway.Wire(near, gateway.ClientLeft), far
 
 
 def test_an_event_of_a_closed_wire_is_no_news_for_the_next_that_has_its_descriptor() -> None:
     """Both were readable at once; then the step for the first closed the other, and made a connection."""
     selector, held, ready, heard, got = gateway.Selector(), threading.Event(), threading.Event(), threading.Event(), b""
-    (first, tell_first), (second, tell_second) = ((gateway.Wire(near, gateway.ClientLeft), far)
-                                                  for near, far in (socket.socketpair(), socket.socketpair()))
-    made: list[tuple[socket.socket, socket.socket]] = []
+    (first, tell_first), (second, tell_second) = wire_and_peer(), wire_and_peer()
+    made: list[tuple[gateway.Wire, socket.socket]] = []
 
     def hold_up() -> gateway.Steps[None]:
         held.set()
@@ -1842,11 +1861,9 @@ def test_an_event_of_a_closed_wire_is_no_news_for_the_next_that_has_its_descript
     def replace() -> gateway.Steps[None]:
         yield from first.receive_until(time.monotonic() + PATIENCE)
         second.abort()
-        made.append(socket.socketpair())
-        wire = gateway.Wire(made[0][0], gateway.ClientLeft)
-        assert wire.descriptor == second.descriptor
+        made.append(wire_and_peer())
         nonlocal got
-        got = yield from wire.receive_until(time.monotonic() + PATIENCE)
+        got = yield from made[0][0].receive_until(time.monotonic() + PATIENCE)
         heard.set()
 
     selector.begin(replace())
@@ -1857,12 +1874,13 @@ def test_an_event_of_a_closed_wire_is_no_news_for_the_next_that_has_its_descript
     tell_first.send(b"1")
     tell_second.send(b"2")
     ready.set()
-    eventually(lambda: made)
+    third, tell_third = eventually(lambda: made)[0]
+    assert third.descriptor == second.descriptor
     assert not heard.wait(0.1)
-    made[0][1].send(b"its own")
+    tell_third.send(b"its own")
     assert heard.wait(PATIENCE)
     assert got == b"its own"
-    for sock in (first.sock, tell_first, tell_second, *made[0]):
+    for sock in (first.sock, tell_first, tell_second, third.sock, tell_third):
         sock.close()
 
 
@@ -2103,23 +2121,6 @@ def test_slow_clients_delay_nobody_and_are_dropped(
     eventually(lambda: threads_of(gate) <= 5)
     for client in clients:
         client.close()
-
-
-def threads_of(gate: RunningGateway) -> int:
-    """How many there are, where that can be seen."""
-    tasks = Path(f"/proc/{gate.process.pid}/task")
-    return len(list(tasks.iterdir())) if tasks.exists() else 0
-
-
-def drip(sock: socket.socket, data: bytes, seconds: float) -> None:
-    """Send a byte now and then: enough for a time-out that starts anew with every byte."""
-    deadline = time.monotonic() + seconds
-    with contextlib.suppress(OSError):
-        for at in range(len(data)):
-            if time.monotonic() > deadline:
-                return
-            sock.sendall(data[at : at + 1])
-            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("body", [False, True], ids=["the head", "the body"])
