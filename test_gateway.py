@@ -1666,6 +1666,16 @@ def test_an_upstream_next_door_that_has_no_room_holds_up_nobody(start: Callable[
         crowd.close()
 
 
+@linux
+def test_a_crowd_for_an_upstream_next_door_that_has_no_room_holds_up_nobody_either() -> None:
+    """Each of them would, for a millisecond, if each tried."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
+        pool = gateway.Pool(gateway.upstream_url(f"http://127.0.0.1:{full.getsockname()[1]}"))
+        began = time.monotonic()
+        assert [pool.connect_at_once() for _ in range(200)] == [None] * 200
+        assert time.monotonic() - began < 0.1
+
+
 def test_a_client_that_reads_slowly_gets_all_and_holds_up_nobody(anywhere: RunningGateway, upstream: FakeUpstream) -> None:
     large = bytes(range(256)) * 80_000  # more than all buffers on its way hold
 
