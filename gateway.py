@@ -457,6 +457,8 @@ def parse_request(head: bytes) -> Request:
     method, target, version = require(_REQUEST_LINE.fullmatch(first), 400, "the request line is malformed").groups()
     require(version in (b"1.0", b"1.1"), 505, "HTTP/1.0 and HTTP/1.1 are spoken here")
     require(method != b"CONNECT", 501, "this is no proxy for CONNECT")
+    # Some servers cut a target at "#", others do not; raw bytes above 0x7F are decoded in as many ways.
+    require(target.isascii() and b"#" not in target, 400, "the request target holds a # or a byte that is not ASCII")
     if not target.startswith(b"/"):  # an absolute one loses scheme and authority (RFC 9112, 3.2)
         target = require(_TARGET.fullmatch(target), 400, "the request target must be a path")[1] or b"/"
     fields = parse_fields(lines)
