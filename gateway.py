@@ -418,12 +418,38 @@ class Answer(NamedTuple):
     framing: int
 
 
-# What holds for one connection only (RFC 9110, 7.6.1); each side's framing is decided by us.
-HOP_BY_HOP: Final = {b"connection", b"proxy-connection", b"proxy-authenticate", b"keep-alive", b"te", b"trailer",
-                     b"transfer-encoding", b"upgrade"}  # fmt: skip
-CREDENTIALS: Final = {b"x-api-key", b"authorization", b"proxy-authorization"}
-REPLACED: Final = {b"host", b"expect", b"x-forwarded-for", b"x-forwarded-proto"}
-NOT_FORWARDED: Final = HOP_BY_HOP | CREDENTIALS | REPLACED
+# Neither requests nor answers carry these any further.
+HOP_BY_HOP: Final = {
+    b"connection",  # options of one connection, and the names of more such fields: RFC 9110, 7.6.1
+    b"keep-alive",  # how long one connection may idle: RFC 9112, C.2.2
+    b"proxy-authenticate",  # would make the client send its password for a proxy: RFC 9110, 11.7.1
+    b"proxy-connection",  # what old clients send in place of Connection: RFC 9112, C.2.2
+    b"te",  # which transfer codings the next recipient may use: RFC 9110, 10.1.4
+    b"trailer",  # belongs to the framing, which each side decides anew: RFC 9110, 6.6.2
+    b"transfer-encoding",  # likewise: RFC 9112, 6.1
+    b"upgrade",  # to a protocol that the gateway does not speak: RFC 9110, 7.8
+}
+_REQUEST_ONLY: Final = {
+    b"authorization",  # a credential of the gateway
+    b"proxy-authorization",  # a credential: RFC 9110, 11.7.2
+    b"x-api-key",  # a credential of the gateway
+    b"content_length",  # see _spellings; Content-Length itself has been checked, and travels on
+    b"expect",  # the gateway itself says 100 Continue: RFC 9110, 10.1.1
+    b"host",  # becomes the upstream's: Ollama on loopback refuses others
+    b"x-forwarded-for",  # the gateway adds who asked
+    b"x-forwarded-host",  # a client's own could poison links: the gateway sends the Host it was asked for
+    b"x-forwarded-proto",  # always https
+}
+
+
+def _spellings(name: bytes) -> set[bytes]:
+    """All names that WSGI and CGI servers, to whom "_" is "-", take for this one (RFC 3875, 4.1.18)."""
+    first, dash, rest = name.partition(b"-")
+    return {first + sign + more for sign in (b"-", b"_") for more in _spellings(rest)} if dash else {name}
+
+
+# All spellings are listed in advance, so that a request costs one look-up per field.
+NOT_FORWARDED: Final = {spelling for name in HOP_BY_HOP | _REQUEST_ONLY for spelling in _spellings(name)}
 IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # RFC 9110, 9.2.2
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -534,35 +560,34 @@ def keeps_alive(message: Request | Answer) -> bool:
     return message.version == b"1.1" and b"close" not in list_members(message.fields, b"connection")
 
 
-def end_to_end(fields: Fields, dropped: set[bytes]) -> list[bytes]:
-    """The lines that may travel on: neither dropped, nor named by Connection."""
-    if b"connection" in fields:
-        dropped = dropped | list_members(fields, b"connection") - {b"content-length"}  # which is never for one only
-    return [line for name, line in fields.lines if name not in dropped]
+def end_to_end(fields: Fields, dropped: set[bytes], without: bytes = b"") -> list[bytes]:
+    """The lines that may travel on: those that are not dropped, nor `without`, nor named by Connection."""
+    unwanted = {without}
+    if b"connection" in fields:  # RFC 9110, 7.6.1; Content-Length is needed, whatever Connection says of it
+        unwanted |= list_members(fields, b"connection") - {b"content-length"}
+    return [line for name, line in fields.lines if name not in dropped and name not in unwanted]
 
 
 def forwarded_head(request: Request, upstream: Upstream, peer: str, without: bytes = b"") -> bytes:
-    """The request's head as the upstream sees it: without credentials and, maybe, one more field; with who asked."""
-    before = request.fields.get(b"x-forwarded-for")
-    lines = [
-        b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target),
-        b"Host: " + upstream.authority.encode(),
-        *end_to_end(request.fields, NOT_FORWARDED | {without} if without else NOT_FORWARDED),
-        b"X-Forwarded-For: " + (before + b", " if before else b"") + peer.encode(),
-        b"X-Forwarded-Proto: https",
-    ]
+    """The request's head for the upstream: without credentials and the field `without`, and with who asked."""
+    fields, before = request.fields, request.fields.get(b"x-forwarded-for")
+    first = b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target)
+    lines = [first, b"Host: " + upstream.authority.encode(), *end_to_end(fields, NOT_FORWARDED, without)]
+    lines += [b"X-Forwarded-For: " + (before + b", " if before else b"") + peer.encode(), b"X-Forwarded-Proto: https"]
+    if b"host" in fields:  # which a request in HTTP/1.0 may lack
+        lines.append(b"X-Forwarded-Host: " + fields[b"host"])
     if request.framing == CHUNKED:
         lines.append(b"Transfer-Encoding: chunked")
     return b"\r\n".join([*lines, b"", b""])
 
 
 def answer_head(answer: Answer, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
-    """The answer's head as the client sees it: the upstream's own lines, maybe without one field; then ours."""
-    dropped = HOP_BY_HOP | {without} if without else HOP_BY_HOP
-    if answer.status < 200 or answer.status == 204:
-        dropped = dropped | {b"content-length"}  # RFC 9110, 8.6
-    lines = [b"HTTP/1.1 %d %b" % (answer.status, answer.reason), *end_to_end(answer.fields, dropped), *added]
-    return b"\r\n".join([*lines, b"", b""])
+    """The answer's head for the client: the upstream's own lines, but for the field `without`; then ours."""
+    dropped = HOP_BY_HOP
+    if answer.status < 200 or answer.status == 204:  # which must have no length: RFC 9110, 8.6
+        dropped = HOP_BY_HOP | {b"content-length"}
+    first = b"HTTP/1.1 %d %b" % (answer.status, answer.reason)
+    return b"\r\n".join([first, *end_to_end(answer.fields, dropped, without), *added, b"", b""])
 
 
 def presented_keys(fields: Fields) -> list[bytes]:

@@ -910,6 +910,7 @@ def test_the_end_of_a_connection_is_announced(gate: RunningGateway, lines: tuple
 
 # --- HTTP rules ---
 
+UPSTREAM = gateway.Upstream(False, "127.0.0.1", 11434, "127.0.0.1:11434", "")
 REFUSED_HEADS = {
     "two framings": ("POST / HTTP/1.1|Host: a|Content-Length: 1|Transfer-Encoding: chunked", 400),
     "two lengths": ("POST / HTTP/1.1|Host: a|Content-Length: 5|Content-Length: 6", 400),
@@ -1032,12 +1033,31 @@ def test_the_request_travels_unchanged_but_for_hops_and_credentials(gate: Runnin
     gate.ask("/api/chat", b"{}", "Accept: */*", "X-Twice: one", "x-TWICE:  two ", "X-Latin: caf\xe9", "Cookie: a", "Cookie: b",
              "Connection: X-Named, close, Host, Content-Length", "X-Named: 1", "TE: trailers", "Upgrade: h2c", "Keep-Alive: 5",
              "Proxy-Connection: x", "Proxy-Authorization: x", "Authorization: Bearer dummy", "X-Forwarded-For: 1.2.3.4",
-             "X-Forwarded-For: 5.6.7.8", "X-Forwarded-Proto: http")  # fmt: skip
+             "X-Forwarded-For: 5.6.7.8", "X-Forwarded-Proto: http", "X-Forwarded-Host: evil.example")  # fmt: skip
     assert upstream.received[0].head == [
         b"POST /api/chat HTTP/1.1", b"Host: 127.0.0.1:%d" % upstream.port, b"Accept: */*", b"X-Twice: one",
         b"x-TWICE:  two ", b"X-Latin: caf\xe9", b"Cookie: a", b"Cookie: b", b"Content-Length: 2",
-        b"X-Forwarded-For: 1.2.3.4, 5.6.7.8, 127.0.0.1", b"X-Forwarded-Proto: https"]
+        b"X-Forwarded-For: 1.2.3.4, 5.6.7.8, 127.0.0.1", b"X-Forwarded-Proto: https", b"X-Forwarded-Host: localhost"]
     assert upstream.received[0].body == b"{}"
+
+
+READ_AS_ANOTHER = ["X_Api_Key", "x-api_key", "X_Api-Key", "Proxy_Authorization", "Transfer_Encoding", "CONTENT_LENGTH", "Keep_Alive",
+                   "Proxy_Connection", "X_Forwarded_For", "X-Forwarded_For", "X_Forwarded-Proto", "x_forwarded_host"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ_AS_ANOTHER)
+def test_an_underscore_smuggles_no_field_to_servers_that_read_it_as_a_dash(name: str) -> None:
+    """WSGI and CGI know Content_Length and Content-Length by the same name: CONTENT_LENGTH."""
+    head = f"POST / HTTP/1.1\r\nHost: a\r\n{name}: chunked\r\nX_Other: 1\r\nContent-Length: 2\r\n{name}: 3"
+    lines = gateway.forwarded_head(gateway.parse_request(head.encode()), UPSTREAM, "::1").split(b"\r\n")
+    assert lines[2:4] == [b"X_Other: 1", b"Content-Length: 2"]
+    assert not [line for line in lines if line.startswith(name.encode())]
+    assert gateway.last_chunk(gateway.parse_fields(f"A_B: 1\r\n{name}: 1".encode())) == b"0\r\nA_B: 1\r\n\r\n"
+
+
+def test_without_a_host_the_upstream_is_told_none() -> None:
+    old = gateway.parse_request(b"GET / HTTP/1.0\r\nX-Forwarded-Host: evil.example")
+    assert b"Forwarded-Host" not in gateway.forwarded_head(old, UPSTREAM, "::1")
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "PURGE"])
@@ -1996,6 +2016,7 @@ NOT_ADMITTED = {
     "no scheme": [f"Authorization: {KEY}"],
     "Basic that is not base64": [f"Authorization: Basic {KEY}"],
     "the key as Basic's name": ["Authorization: Basic " + base64.b64encode(f"{KEY}:".encode()).decode()],
+    "a name with underscores": [f"X_Api_Key: {KEY}"],
     "another field": [f"Proxy-Authorization: Bearer {KEY}"],
     "a cookie": [f"Cookie: X-Api-Key={KEY}"],
 }
