@@ -581,13 +581,28 @@ def forwarded_head(request: Request, upstream: Upstream, peer: str, without: byt
     return b"\r\n".join([*lines, b"", b""])
 
 
-def answer_head(answer: Answer, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
+def answer_head(answer: Answer, upstream: Upstream, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
     """The answer's head for the client: the upstream's own lines, but for the field `without`; then ours."""
     dropped = HOP_BY_HOP
     if answer.status < 200 or answer.status == 204:  # which must have no length: RFC 9110, 8.6
         dropped = HOP_BY_HOP | {b"content-length"}
-    first = b"HTTP/1.1 %d %b" % (answer.status, answer.reason)
-    return b"\r\n".join([first, *end_to_end(answer.fields, dropped, without), *added, b"", b""])
+    lines = [b"HTTP/1.1 %d %b" % (answer.status, answer.reason), *end_to_end(answer.fields, dropped, without), *added]
+    if b"location" in answer.fields:
+        lines = [_reachable(line, upstream) for line in lines]
+    return b"\r\n".join([*lines, b"", b""])
+
+
+def _reachable(line: bytes, upstream: Upstream) -> bytes:
+    """A Location that names the upstream by the address that only we use becomes a path of the gateway's.
+
+    Web frameworks build redirects of the Host that they see, with http, or with https if they believe
+    X-Forwarded-Proto.  What follows the slash must not make a host of the path: //evil.example would be one,
+    and so would /\\evil.example to a browser, which also ignores tabs.  Such a line stays as it is, and so does
+    Content-Location, which nobody follows.
+    """
+    host = re.escape(re.sub(":(80|443)$", "", upstream.authority).encode())
+    own = rb"(?i:(location:[\t ]*)https?://%b(?::80|:443)?)%b" % (host, re.escape(upstream.prefix.encode()))
+    return re.sub(rb"\A%b(?:/(?![/\\\t])|(?=[?#]|[\t ]*\Z))" % own, rb"\1/", line)
 
 
 def presented_keys(fields: Fields) -> list[bytes]:
@@ -1664,7 +1679,7 @@ class Handler:
                     content_type = answer.fields.get(b"content-type", b"")
                     return (yield from self._relay(request, exchange, answer))
                 if answer.status > 100 and request.version == b"1.1":  # nobody asked the upstream for a 100
-                    yield from self._send(answer_head(answer))
+                    yield from self._send(answer_head(answer, self.settings.upstream))
             raise UpstreamError(502, "the upstream sends interim answers without end")
         finally:
             exchange.close()
@@ -1676,7 +1691,8 @@ class Handler:
         chunked = answer.framing < 0 and request.version == b"1.1"
         keep = keeps_alive(request) and not self.gateway.selector.stopping
         added = [*self.cors, *[b"Transfer-Encoding: chunked"] * chunked, *[b"Connection: close"] * (not keep)]
-        head = answer_head(answer, added, without=b"access-control-allow-origin" if self.cors else b"")
+        without = b"access-control-allow-origin" if self.cors else b""
+        head = answer_head(answer, self.settings.upstream, added, without)
         self.answering = True
         try:
             yield from exchange.relay(answer, head, chunked)

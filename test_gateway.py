@@ -1060,6 +1060,49 @@ def test_without_a_host_the_upstream_is_told_none() -> None:
     assert b"Forwarded-Host" not in gateway.forwarded_head(old, UPSTREAM, "::1")
 
 
+# (--upstream, its Location, what the client gets: None where that stays as it is)
+REDIRECTS = {
+    "http": ("http://127.0.0.1:11434", "http://127.0.0.1:11434/v1/models?a=b#c", "/v1/models?a=b#c"),
+    "https, as X-Forwarded-Proto says": ("http://127.0.0.1:11434", "https://127.0.0.1:11434/x", "/x"),
+    "without a path": ("http://127.0.0.1:11434", "http://127.0.0.1:11434", "/"),
+    "a query alone": ("http://127.0.0.1:11434", "http://127.0.0.1:11434?a", "/?a"),
+    "in capitals": ("http://llm.example", "HTTP://LLM.Example/X", "/X"),
+    "a default port left out": ("http://llm.example:80", "http://llm.example/x", "/x"),
+    "a default port added": ("https://llm.example", "https://llm.example:443/x", "/x"),
+    "IPv6": ("http://[::1]:11434", "http://[::1]:11434/x", "/x"),
+    "the prefix": ("http://a:1/pre", "http://a:1/pre/x", "/x"),
+    "the prefix alone": ("http://a:1/pre", "http://a:1/pre", "/"),
+    "outside of the prefix": ("http://a:1/pre", "http://a:1/prefix", None),
+    "a path": ("http://a:1", "/x", None),
+    "another host": ("http://a:1", "http://b:1/x", None),
+    "another port": ("http://a:1", "http://a:11/x", None),
+    "no port": ("http://a:1", "http://a/x", None),
+    "another scheme": ("http://a:1", "ftp://a:1/x", None),
+    "a user's name": ("http://a:1", "http://u@a:1/x", None),
+    "a host that looks like it": ("http://a:1", "http://a:1@b/x", None),
+    "a dot is a dot": ("http://a.b:1", "http://axb:1/x", None),
+    "in a query": ("http://a:1", "http://b/?to=http://a:1/x", None),
+    "a path that would become a host": ("http://a:1", "http://a:1//evil.example/x", None),
+    "likewise, for browsers": ("http://a:1", "http://a:1/\\evil.example/x", None),
+    "likewise, with a tab": ("http://a:1", "http://a:1/\t/evil.example/x", None),
+}
+
+
+@pytest.mark.parametrize(("url", "location", "expected"), REDIRECTS.values(), ids=REDIRECTS.keys())
+def test_the_upstreams_redirects_to_itself_lead_to_the_gateway(url: str, location: str, expected: str | None) -> None:
+    upstream = gateway.parse_arguments(["--upstream", url])[1]["upstream"]
+    lines = f"X: 1\r\nlocation:\t {location} \r\nContent-Location: {location}\r\nX-Location: {location}"
+    answer = gateway.parse_answer(b"HTTP/1.1 307 Temporary Redirect\r\n" + lines.encode(), b"GET")
+    mapped = lines.replace(location, location if expected is None else expected, 1)
+    assert gateway.answer_head(answer, upstream) == f"HTTP/1.1 307 Temporary Redirect\r\n{mapped}\r\n\r\n".encode()
+
+
+def test_a_client_follows_a_redirect_of_the_upstreams(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    line = f"Location: http://127.0.0.1:{upstream.port}/v1/models"
+    upstream.script = ok(b"", line).replace(b"200 OK", b"307 Temporary Redirect")
+    assert gate.ask("/v1/models/").values("location") == ["/v1/models"]
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "PURGE"])
 def test_every_method_travels(gate: RunningGateway, upstream: FakeUpstream, method: str) -> None:
     assert gate.ask("/x", b"{}", method=method).status == 200
