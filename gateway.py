@@ -458,7 +458,6 @@ _TARGET = re.compile(rb"(?i:https?://[^/?#@]+)?(/.*)?")
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _FIELD = rb"%b:[\t\x20-\x7e\x80-\xff]*" % _TOKEN
 _FIELDS = re.compile(rb"(?:%b(?:\r\n%b)*)?" % (_FIELD, _FIELD))
-_LENGTH = re.compile(rb"[0-9]{1,18}")
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
 _CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
 _CHUNK_LINE_BEGUN = re.compile(rb"(?:\r(?:\n[^\n]{0,1020})?)?")  # what may still become one
@@ -490,18 +489,15 @@ def parse_request(head: bytes) -> Request:
     fields = parse_fields(lines)
     if b"host" in fields or version == b"1.1":
         require(_HOST.fullmatch(fields.get(b"host", b"")), 400, "there must be one valid Host field")
-    return Request(method, target, version, fields, body_framing(fields, version, 0))
+    return Request(method, target, version, fields, body_framing(fields, version))
 
 
 def parse_answer(head: bytes, method: bytes) -> Answer:
-    """Read the head of an answer to a request with that method.  Raises ClientError."""
+    """Read the head of an answer to a request with that method.  Raises ClientError 400, 431 or 501."""
     first, _, lines = head.partition(b"\r\n")
-    version, status, reason = require(_STATUS_LINE.fullmatch(first), 400, "the status line is malformed").groups()
-    fields = parse_fields(lines)
-    framing = body_framing(fields, version, UNTIL_CLOSE)
-    if method == b"HEAD" or status.startswith(b"1") or status in (b"204", b"304"):
-        framing = 0  # whatever the fields say (RFC 9112, 6.3)
-    return Answer(int(status), reason or b"", version, fields, framing)
+    version, code, reason = require(_STATUS_LINE.fullmatch(first), 400, "the status line is malformed").groups()
+    fields, status = parse_fields(lines), int(code)
+    return Answer(status, reason or b"", version, fields, body_framing(fields, version, status, method))
 
 
 def require(found: T | None, status: int, message: str) -> T:
@@ -525,17 +521,30 @@ def parse_fields(lines: bytes) -> Fields:
     return fields
 
 
-def body_framing(fields: Fields, version: bytes, otherwise: int) -> int:
-    """A length, CHUNKED, or `otherwise` where no field says (RFC 9112, 6.3).  Raises ClientError 400 or 501."""
+def body_framing(fields: Fields, version: bytes, status: int = 0, answers: bytes = b"") -> int:
+    """How the end of a body is found, by the steps of RFC 9112, 6.3: its length, CHUNKED, or UNTIL_CLOSE.
+
+    For an answer, `status` is its status and `answers` the method of its request.  Raises ClientError 400 or 501.
+    """
     length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    # 1. These answers have no body, whatever their fields say.
+    if answers == b"HEAD" or 100 <= status < 200 or status in (204, 304):
+        return 0
+    # 2. is about answers to CONNECT, which parse_request refuses.
     if coding is not None:
+        # 3. Two framings are how requests are smuggled, and in HTTP/1.0 this one is faulty (6.1).
         alone = length is None and version != b"1.0"
         require(alone, 400, "Transfer-Encoding may not stand beside Content-Length, nor in HTTP/1.0")
+        # 4. The chunks themselves say where they end; no other coding is understood here.
         require(coding.lower() == b"chunked", 501, "the one transfer coding that is spoken here is chunked, once")
         return CHUNKED
-    if length is None:
-        return otherwise
-    return int(require(_LENGTH.fullmatch(length), 400, "Content-Length must be one decimal number")[0])
+    if length is not None:
+        # 5. A length that is no number, or that came twice, is refused.  isdigit() knows ASCII digits only.
+        require(length.isdigit() and len(length) <= 18, 400, "Content-Length must be one decimal number")
+        # 6. Otherwise it is the body's length.
+        return int(length)
+    # 7. A request that says nothing has no body.  8. An answer that says nothing lasts until its connection ends.
+    return UNTIL_CLOSE if status else 0
 
 
 def requested(data: bytes) -> tuple[str | None, str | None]:

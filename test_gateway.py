@@ -990,6 +990,39 @@ def test_what_is_malformed_or_ambiguous_is_refused_and_the_connection_closed(
     assert not upstream.received
 
 
+LENGTH, CODING = "Content-Length: 5", "Transfer-Encoding: chunked"
+# (status, the method that is answered, version, fields): the framing, or the status of the error
+FRAMINGS: dict[str, tuple[tuple[int, bytes, bytes, str], Any]] = {
+    "an answer to HEAD": ((200, b"HEAD", b"1.1", LENGTH), 0),
+    "an answer to HEAD, chunked": ((200, b"HEAD", b"1.1", CODING), 0),
+    "an interim answer": ((103, b"POST", b"1.1", LENGTH), 0),
+    "204": ((204, b"POST", b"1.1", LENGTH), 0),
+    "304": ((304, b"GET", b"1.1", LENGTH), 0),
+    "an answer in chunks": ((200, b"GET", b"1.1", CODING), gateway.CHUNKED),
+    "an answer with a length": ((200, b"GET", b"1.1", LENGTH), 5),
+    "an answer with a length, in HTTP/1.0": ((200, b"GET", b"1.0", LENGTH), 5),
+    "an answer with neither": ((200, b"GET", b"1.1", ""), gateway.UNTIL_CLOSE),
+    "an answer with both": ((200, b"GET", b"1.1", LENGTH + "\r\n" + CODING), 400),
+    "an answer in chunks, in HTTP/1.0": ((200, b"GET", b"1.0", CODING), 400),
+    "an answer in another coding": ((200, b"GET", b"1.1", "Transfer-Encoding: gzip"), 501),
+    "an answer with a bad length": ((200, b"GET", b"1.1", "Content-Length: -5"), 400),
+    "a request in chunks": ((0, b"", b"1.1", CODING), gateway.CHUNKED),
+    "a request with a length": ((0, b"", b"1.0", LENGTH), 5),
+    "a request with neither": ((0, b"", b"1.1", ""), 0),
+    "a request with both": ((0, b"", b"1.1", LENGTH + "\r\n" + CODING), 400),
+}
+
+
+@pytest.mark.parametrize(("message", "expected"), FRAMINGS.values(), ids=FRAMINGS.keys())
+def test_there_is_one_way_to_find_the_end_of_a_body(message: tuple[int, bytes, bytes, str], expected: int) -> None:
+    status, method, version, lines = message
+    try:
+        found = gateway.body_framing(gateway.parse_fields(lines.encode()), version, status, method)
+    except gateway.ClientError as error:
+        found = error.status
+    assert found == expected
+
+
 def test_an_endless_head_is_refused_before_it_ends(gate: RunningGateway) -> None:
     assert gate.say(b"GET / HTTP/1.1\r\nX: " + b"a" * gateway.MAX_HEAD).status == 431
     assert gate.say(b"GET /" + b"a" * gateway.MAX_TARGET).status == 414
