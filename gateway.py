@@ -648,9 +648,9 @@ def error_body(path: str, status: int, message: str) -> bytes:
     kind = "permission_error" if status == 403 else "api_error" if status >= 500 else "invalid_request_error"
     body: dict[str, Any] = {"error": message}
     if path.startswith("/v1/messages"):
-        body = {"type": "error", "error": {"type": kind, "message": message}}
-    elif path.startswith("/v1/"):
-        body = {"error": {"message": message, "type": kind, "code": status}}
+        body = {"type": "error", "error": {"type": "request_too_large" if status == 413 else kind, "message": message}}
+    elif path.startswith("/v1/"):  # whose clients parse `code` as a string or null
+        body = {"error": {"message": message, "type": kind, "code": "permission_denied" if status == 403 else None}}
     return json.dumps(body).encode()
 
 
