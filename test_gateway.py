@@ -1379,11 +1379,17 @@ def test_the_log_can_go_to_standard_output(start: Callable[..., RunningGateway])
     assert eventually(lambda: gate.ask("/z").status == 503)
 
 
-def test_a_reader_of_standard_output_that_stops_reading_stops_the_service_and_loses_nothing(
-    start: Callable[..., RunningGateway]
+@pytest.mark.parametrize("log", ["-", pytest.param("/dev/stdout", marks=linux), "fifo"])
+def test_a_reader_of_a_pipe_that_stops_reading_stops_the_service_and_loses_nothing(
+    start: Callable[..., RunningGateway], tmp_path: Path, log: str
 ) -> None:
+    """What matters is what the log is, not its name: a write that blocks would hold up all connections."""
     reader, writer = os.pipe()
-    gate = start("--log", "-", stdout=writer)
+    if log == "fifo":
+        os.close(reader)
+        os.mkfifo(tmp_path / log)
+        reader = os.open(tmp_path / log, os.O_RDONLY | os.O_NONBLOCK)
+    gate = start("--log", log, stdout=writer)
     os.close(writer)
     answers = [gate.ask("/" + "x" * 300).status]
     while answers[-1] == 200:
@@ -1394,6 +1400,50 @@ def test_a_reader_of_standard_output_that_stops_reading_stops_the_service_and_lo
     with open(reader, "rb") as pipe:
         lines = pipe.read().splitlines() + [line.encode() for line in gate.stderr.splitlines() if line.startswith("{")]
     assert [json.loads(line)["status"] for line in lines] == answers
+
+
+def test_a_pipe_that_nobody_reads_is_refused_at_the_start(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(gateway.OperatorError, match=r"cannot write to .*fifo: .*; choose another --log"):
+        gateway.open_log(str(tmp_path / "fifo"))
+
+
+def test_a_line_has_the_time_first_and_the_duration_last() -> None:
+    record = {**gateway.new_record("::1"), "key": "al", "path": '/"\u2028', "prompt_tokens": 1}
+    began = datetime(2025, 6, 20, 14, 3, 4, 56_999, timezone.utc)
+    assert gateway.audit_line(began, record, 0.0126) == (
+        b'{"timestamp": "2025-06-20T14:03:04.056Z", "key": "al", "path": "/\\"\\u2028", "prompt_tokens": 1, "response_tokens": null, '
+        b'"status": 500, "method": null, "model": null, "client": "::1", "duration_ms": 13}\n')
+
+
+def close(log: gateway.LogFile) -> None:
+    assert log.file
+    log.file.close()
+
+
+def test_a_log_that_cannot_be_opened_is_not_writable_and_fills_up(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    log = gateway.open_log(str(tmp_path / "folder" / "log"))
+    assert gateway.is_writable(log)
+    shutil.rmtree(tmp_path / "folder")
+    assert gateway.log_news(log) == f"cannot write to {log.path}: nothing is forwarded"
+    assert [gateway.is_writable(log), gateway.append_line(log, b"1\n"), gateway.is_writable(log, tolerated=2)] == [False, False, True]
+    assert [gateway.append_line(log, b"2\n"), gateway.is_writable(log, tolerated=2)] == [False, False]
+    assert (gateway.unwritten_lines(log), gateway.log_news(log)) == (b"1\n2\n", None)
+    (tmp_path / "folder").mkdir()
+    assert [gateway.is_writable(log, tolerated=2), gateway.is_writable(log), gateway.unwritten_lines(log)] == [True, True, b""]
+    assert Path(log.path).read_bytes() == b"1\n2\n"
+    assert gateway.log_news(log) == "the audit log is whole again"
+    close(log)
+
+
+def test_lines_of_many_threads_stand_whole_in_the_log(tmp_path: Path) -> None:
+    log = gateway.open_log(str(tmp_path / "log"))
+    with ThreadPoolExecutor(8) as threads:
+        written = list(threads.map(lambda number: gateway.append_line(log, b"%d\n" % number), range(2000)))
+    close(log)
+    assert all(written)
+    assert sorted(map(int, Path(log.path).read_bytes().split())) == list(range(2000))
 
 
 def test_the_log_is_private(gate: RunningGateway) -> None:
