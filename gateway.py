@@ -366,13 +366,15 @@ def _address(name: str) -> bytes | None:
 
 
 # --- HTTP rules ---
-# Heads and bodies of HTTP/1.1 messages as in RFC 9110 and RFC 9112, for both directions, in bytes:
-# nothing here touches a socket.  Where the RFCs let a recipient repair or refuse, we refuse: request
-# smuggling lives on two programs that read the same bytes differently.
+# How HTTP/1.1 messages are read and rewritten (RFC 9110 and RFC 9112), for requests and answers alike.
+# These functions take bytes and return decisions; none of them touches a socket.
+#
+# Where the RFCs allow a recipient to repair or to refuse a message, it is refused.  If two programs in a
+# row read the same bytes differently, a request can be hidden from the first one inside of another.
 
 
 class Refusal(Exception):
-    """What the gateway answers in its own name: a status and the reason."""
+    """An error that the gateway itself answers: the status and the reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -380,14 +382,15 @@ class Refusal(Exception):
 
 
 class ClientError(Refusal):
-    """The request is malformed, ambiguous, too slow, or without a valid key."""
+    """The request is malformed, ambiguous, too slow, or has no valid key."""
 
 
 class Fields(dict[bytes, bytes]):
-    """The fields of a head: value by name in lower case, and the lines in the order in which they came.
+    """The fields of a head: a dict from names in lower case to values, and the lines as they came.
 
-    Of a field that came several times, the values stand with ", " between them (RFC 9110, 5.3); what may come
-    only once must have a form in which there can be no ", ".
+    Messages are forwarded from the lines, since a dict has neither their order nor their repetitions.  The
+    values of a repeated field are joined with ", " (RFC 9110, 5.3).  Fields that may come only once, such as
+    Content-Length and Host, are checked with patterns that ", " does not match.
     """
 
     def __init__(self) -> None:
@@ -395,12 +398,12 @@ class Fields(dict[bytes, bytes]):
 
 
 NO_FIELDS: Final = Fields()
-CHUNKED: Final = -1  # framing of a body: its length in bytes, or one of these
-UNTIL_CLOSE: Final = -2
+CHUNKED: Final = -1  # a body's framing is its length in bytes or one of these: chunks tell where it ends,
+UNTIL_CLOSE: Final = -2  # or the end of the connection does
 
 
 class Request(NamedTuple):
-    """A request's head; the target begins with a slash."""
+    """The head of a request.  The target always begins with a slash."""
 
     method: bytes
     target: bytes
@@ -419,7 +422,7 @@ class Answer(NamedTuple):
     framing: int
 
 
-# Neither requests nor answers carry these any further.
+# These fields are about one connection, so neither requests nor answers carry them on to the next.
 HOP_BY_HOP: Final = {
     b"connection",  # options of one connection, and the names of more such fields: RFC 9110, 7.6.1
     b"keep-alive",  # how long one connection may idle: RFC 9112, C.2.2
@@ -430,44 +433,44 @@ HOP_BY_HOP: Final = {
     b"transfer-encoding",  # likewise: RFC 9112, 6.1
     b"upgrade",  # to a protocol that the gateway does not speak: RFC 9110, 7.8
 }
+# Of a request, these are withheld from the upstream as well.
 _REQUEST_ONLY: Final = {
-    b"authorization",  # a credential of the gateway
-    b"proxy-authorization",  # a credential: RFC 9110, 11.7.2
-    b"x-api-key",  # a credential of the gateway
-    b"content_length",  # see _spellings; Content-Length itself has been checked, and travels on
-    b"expect",  # the gateway itself says 100 Continue: RFC 9110, 10.1.1
-    b"host",  # becomes the upstream's: Ollama on loopback refuses others
-    b"x-forwarded-for",  # the gateway adds who asked
-    b"x-forwarded-host",  # a client's own could poison links: the gateway sends the Host it was asked for
-    b"x-forwarded-proto",  # always https
+    b"authorization",  # may hold a key of the gateway
+    b"proxy-authorization",  # a password that is meant for the first proxy: RFC 9110, 11.7.2
+    b"x-api-key",  # may hold a key of the gateway
+    b"content_length",  # see _spellings; Content-Length itself has been checked and is forwarded
+    b"expect",  # the gateway says 100 Continue itself, once the key is checked: RFC 9110, 10.1.1
+    b"host",  # replaced by the upstream's: Ollama on loopback refuses other names
+    b"x-forwarded-for",  # replaced by the same with the client's address added
+    b"x-forwarded-host",  # replaced by the checked Host, since frameworks build links of it
+    b"x-forwarded-proto",  # replaced by https
 }
 
 
 def _spellings(name: bytes) -> set[bytes]:
-    """All names that WSGI and CGI servers, to whom "_" is "-", take for this one (RFC 3875, 4.1.18)."""
+    """This name and those that WSGI and CGI servers take for it, because they read "_" as "-" (RFC 3875, 4.1.18)."""
     first, dash, rest = name.partition(b"-")
     return {first + sign + more for sign in (b"-", b"_") for more in _spellings(rest)} if dash else {name}
 
 
-# All spellings are listed in advance, so that a request costs one look-up per field.
+# All spellings are listed in advance, so that a request needs only one look-up for each field.
 NOT_FORWARDED: Final = {spelling for name in HOP_BY_HOP | _REQUEST_ONLY for spelling in _spellings(name)}
-IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # RFC 9110, 9.2.2
+IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # may be sent twice: RFC 9110, 9.2.2
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([^\x00-\x20\x7f]+) HTTP/([0-9]\.[0-9])" % _TOKEN)
 _TARGET = re.compile(rb"(?i:https?://[^/?#@]+)?(/.*)?")
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
-_FIELD = rb"%b:[\t\x20-\x7e\x80-\xff]*" % _TOKEN
-_FIELDS = re.compile(rb"(?:%b(?:\r\n%b)*)?" % (_FIELD, _FIELD))
+_FIELDS = re.compile(rb"(?:(?:\A|\r\n)%b:[\t\x20-\x7e\x80-\xff]*)*" % _TOKEN)
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
 _CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
 _CHUNK_LINE_BEGUN = re.compile(rb"(?:\r(?:\n[^\n]{0,1020})?)?")  # what may still become one
 
 
 def split_head(data: bytes) -> tuple[bytes, bytes] | None:
-    """(a head without its empty line, what follows), or None while the end of the head has not come.
+    """Split a head from what follows its empty line; None while that line has not arrived.
 
-    Raises ClientError 400, 414 or 431 as soon as it can become no good one.
+    Raises ClientError 400, 414 or 431 as soon as no valid head can come of the data.
     """
     head, end, rest = data.partition(b"\r\n\r\n")
     if not end or len(head) > MAX_TARGET:
@@ -478,14 +481,15 @@ def split_head(data: bytes) -> tuple[bytes, bytes] | None:
 
 
 def parse_request(head: bytes) -> Request:
-    """Read a request's head (RFC 9112, 3 to 6).  Raises ClientError 400, 431, 501 or 505."""
+    """Parse the head of a request (RFC 9112, 3 to 6).  Raises ClientError 400, 431, 501 or 505."""
     first, _, lines = head.partition(b"\r\n")
     method, target, version = require(_REQUEST_LINE.fullmatch(first), 400, "the request line is malformed").groups()
-    require(version in (b"1.0", b"1.1"), 505, "HTTP/1.0 and HTTP/1.1 are spoken here")
-    require(method != b"CONNECT", 501, "this is no proxy for CONNECT")
-    # Some servers cut a target at "#", others do not; raw bytes above 0x7F are decoded in as many ways.
+    require(version in (b"1.0", b"1.1"), 505, "only HTTP/1.0 and HTTP/1.1 are supported")
+    require(method != b"CONNECT", 501, "CONNECT is not supported")
+    # Some servers cut a target at "#" and others do not, and raw bytes above 0x7F are decoded in several ways.
+    # Either would let a request pass for another path than the one that the upstream serves.
     require(target.isascii() and b"#" not in target, 400, "the request target holds a # or a byte that is not ASCII")
-    if not target.startswith(b"/"):  # an absolute one loses scheme and authority (RFC 9112, 3.2)
+    if not target.startswith(b"/"):  # an absolute target is reduced to its path (RFC 9112, 3.2.2)
         target = require(_TARGET.fullmatch(target), 400, "the request target must be a path")[1] or b"/"
     fields = parse_fields(lines)
     if b"host" in fields or version == b"1.1":
@@ -494,7 +498,7 @@ def parse_request(head: bytes) -> Request:
 
 
 def parse_answer(head: bytes, method: bytes) -> Answer:
-    """Read the head of an answer to a request with that method.  Raises ClientError 400, 431 or 501."""
+    """Parse the head of an answer to a request with that method.  Raises ClientError 400, 431 or 501."""
     first, _, lines = head.partition(b"\r\n")
     version, code, reason = require(_STATUS_LINE.fullmatch(first), 400, "the status line is malformed").groups()
     fields, status = parse_fields(lines), int(code)
@@ -502,84 +506,86 @@ def parse_answer(head: bytes, method: bytes) -> Answer:
 
 
 def require(found: T | None, status: int, message: str) -> T:
-    """What a rule asks for, if it is there; otherwise ClientError."""
+    """Return what was found, such as a match; raise ClientError if it is None or false."""
     if not found:
         raise ClientError(status, message)
     return found
 
 
 def parse_fields(lines: bytes) -> Fields:
-    """Field lines with CRLF between them.  Raises ClientError 400 or 431."""
+    """Parse field lines that are separated by CRLF (RFC 9112, 5).  Raises ClientError 400 or 431."""
     require(lines.count(b"\n") < MAX_FIELDS, 431, "there are more than 100 fields")
-    # What is malformed: a folded line, a space before the colon, no token, a control character.
+    # This refuses folded lines, a space before the colon, names that are no tokens, and control characters.
     require(_FIELDS.fullmatch(lines), 400, "a field line is malformed")
     fields = Fields()
+    append = fields.lines.append
     for line in lines.split(b"\r\n") if lines else ():
         name, _, value = line.partition(b":")
-        name, value = name.lower(), value.strip(b" \t")
-        fields.lines.append((name, line))
+        name, value = name.lower(), value.strip()  # blanks and tabs are the only white space that is left here
+        append((name, line))
         fields[name] = fields[name] + b", " + value if name in fields else value
     return fields
 
 
 def body_framing(fields: Fields, version: bytes, status: int = 0, answers: bytes = b"") -> int:
-    """How the end of a body is found, by the steps of RFC 9112, 6.3: its length, CHUNKED, or UNTIL_CLOSE.
+    """How the end of a body is found: its length, CHUNKED, or UNTIL_CLOSE.  Raises ClientError 400 or 501.
 
-    For an answer, `status` is its status and `answers` the method of its request.  Raises ClientError 400 or 501.
+    For an answer, `status` is its status and `answers` the method of its request.  The steps are numbered as
+    in RFC 9112, 6.3.
     """
     length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
     # 1. These answers have no body, whatever their fields say.
     if answers == b"HEAD" or 100 <= status < 200 or status in (204, 304):
         return 0
-    # 2. is about answers to CONNECT, which parse_request refuses.
+    # 2. This step is about answers to CONNECT, which parse_request refuses.
     if coding is not None:
-        # 3. Two framings are how requests are smuggled, and in HTTP/1.0 this one is faulty (6.1).
-        alone = length is None and version != b"1.0"
-        require(alone, 400, "Transfer-Encoding may not stand beside Content-Length, nor in HTTP/1.0")
-        # 4. The chunks themselves say where they end; no other coding is understood here.
-        require(coding.lower() == b"chunked", 501, "the one transfer coding that is spoken here is chunked, once")
+        # 3. Two framings in one message are an attempt at smuggling.  In HTTP/1.0 the coding is an error (6.1).
+        require(length is None and version != b"1.0", 400, "Transfer-Encoding beside Content-Length or in HTTP/1.0")
+        # 4. Chunks tell where they end.  Other codings, alone or before chunked, are not supported.
+        require(coding.lower() == b"chunked", 501, "the only supported transfer coding is chunked, once")
         return CHUNKED
     if length is not None:
-        # 5. A length that is no number, or that came twice, is refused.  isdigit() knows ASCII digits only.
+        # 5. A length that is not a number, or that came twice, is refused.  isdigit() accepts ASCII digits only.
         require(length.isdigit() and len(length) <= 18, 400, "Content-Length must be one decimal number")
-        # 6. Otherwise it is the body's length.
+        # 6. A valid length is the body's length.
         return int(length)
-    # 7. A request that says nothing has no body.  8. An answer that says nothing lasts until its connection ends.
+    # 7. A request without either field has no body.
+    # 8. An answer without either field ends with its connection.
     return UNTIL_CLOSE if status else 0
 
 
 def requested(data: bytes) -> tuple[str | None, str | None]:
-    """(method, path without query) for the log, of what need not be a valid request."""
+    """The method and the path, without its query, that the log shows for a request that is not valid."""
     line = _REQUEST_LINE.match(data)
     target = _TARGET.fullmatch(line[2]) if line else None
     return line and logged(line[1]), target and logged((target[1] or b"/").partition(b"?")[0])
 
 
 def logged(text: bytes) -> str:
-    """What the log says of what a client wrote."""
+    """A client's words as the log shows them: decoded whatever they hold, and shortened."""
     return text.decode("utf-8", "backslashreplace")[:MAX_LOGGED]
 
 
 def list_members(fields: Fields, name: bytes) -> set[bytes]:
-    """The comma-separated members of a field, in lower case."""
+    """The members of a field that is a comma-separated list (RFC 9110, 5.6.1), in lower case."""
     return {member.strip().lower() for member in fields[name].split(b",")} if name in fields else set()
 
 
 def keeps_alive(message: Request | Answer) -> bool:
-    """Whether the sender may use its connection again (RFC 9112, 9.3); in HTTP/1.0 never."""
+    """Whether the sender allows another request on its connection (RFC 9112, 9.3); never in HTTP/1.0."""
     return message.version == b"1.1" and b"close" not in list_members(message.fields, b"connection")
 
 
 def end_to_end(fields: Fields, dropped: set[bytes], without: bytes = b"") -> list[bytes]:
-    """The lines that may travel on: those that are not dropped, nor `without`, nor named by Connection."""
+    """The lines to forward: all but those in `dropped`, the one named `without`, and those that Connection names."""
     unwanted = {without}
-    if b"connection" in fields:  # RFC 9110, 7.6.1; Content-Length is needed, whatever Connection says of it
+    if b"connection" in fields:  # RFC 9110, 7.6.1; without Content-Length, though, the body would be read as a request
         unwanted |= list_members(fields, b"connection") - {b"content-length"}
     return [line for name, line in fields.lines if name not in dropped and name not in unwanted]
 
 
 def forwarded_head(request: Request, upstream: Upstream, peer: str, without: bytes = b"") -> bytes:
-    """The request's head for the upstream: without credentials and the field `without`, and with who asked."""
+    """The head for the upstream: without credentials and the field `without`, with the client's address and Host."""
     fields, before = request.fields, request.fields.get(b"x-forwarded-for")
     first = b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target)
     lines = [first, b"Host: " + upstream.authority.encode(), *end_to_end(fields, NOT_FORWARDED, without)]
@@ -592,10 +598,11 @@ def forwarded_head(request: Request, upstream: Upstream, peer: str, without: byt
 
 
 def answer_head(answer: Answer, upstream: Upstream, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
-    """The answer's head for the client: the upstream's own lines, but for the field `without`; then ours."""
-    dropped = HOP_BY_HOP
-    if answer.status < 200 or answer.status == 204:  # which must have no length: RFC 9110, 8.6
-        dropped = HOP_BY_HOP | {b"content-length"}
+    """The head for the client: the upstream's own lines, but for the field `without`, and then ours.
+
+    Content-Length is forbidden in 1xx and 204 answers (RFC 9110, 8.6).
+    """
+    dropped = HOP_BY_HOP | {b"content-length"} if answer.status < 200 or answer.status == 204 else HOP_BY_HOP
     lines = [b"HTTP/1.1 %d %b" % (answer.status, answer.reason), *end_to_end(answer.fields, dropped, without), *added]
     if b"location" in answer.fields:
         lines = [_reachable(line, upstream) for line in lines]
@@ -603,12 +610,12 @@ def answer_head(answer: Answer, upstream: Upstream, added: Iterable[bytes] = (),
 
 
 def _reachable(line: bytes, upstream: Upstream) -> bytes:
-    """A Location that names the upstream by the address that only we use becomes a path of the gateway's.
+    """Turn a Location that names the upstream, which clients cannot reach, into a path on the gateway.
 
-    Web frameworks build redirects of the Host that they see, with http, or with https if they believe
-    X-Forwarded-Proto.  What follows the slash must not make a host of the path: //evil.example would be one,
-    and so would /\\evil.example to a browser, which also ignores tabs.  Such a line stays as it is, and so does
-    Content-Location, which nobody follows.
+    Web frameworks build redirects from the Host that they see, which is the upstream's, and from http, or from
+    https if they believe X-Forwarded-Proto.  A path must not become another host in the client's eyes: it would
+    read //evil.example as one, browsers take "\\" for "/" and ignore tabs.  So a line with such a path, or
+    outside of the prefix in --upstream, is left alone.  So is Content-Location, since no client follows it.
     """
     host = re.escape(re.sub(":(80|443)$", "", upstream.authority).encode())
     own = rb"(?i:(location:[\t ]*)https?://%b(?::80|:443)?)%b" % (host, re.escape(upstream.prefix.encode()))
@@ -616,15 +623,16 @@ def _reachable(line: bytes, upstream: Upstream) -> bytes:
 
 
 def presented_keys(fields: Fields) -> list[bytes]:
-    """What a request carries as keys: X-Api-Key, Authorization: Bearer, or the password of Basic.
+    """The keys that a request presents in X-Api-Key and in Authorization; an absent or unusable one is empty.
 
-    Both fields may be there (SDKs send dummy bearers); one of them twice holds no key.
+    Both are returned, because SDKs send a dummy Authorization beside the real X-Api-Key.  The values of a
+    repeated field were joined, which makes no valid key.
     """
-    keys = [fields[b"x-api-key"]] if b"x-api-key" in fields else []
-    return [*keys, _key_in_authorization(fields[b"authorization"])] if b"authorization" in fields else keys
+    return [fields.get(b"x-api-key", b""), _key_in_authorization(fields.get(b"authorization", b""))]
 
 
 def _key_in_authorization(value: bytes) -> bytes:
+    """The token of Bearer (RFC 6750, 2.1) or the password of Basic (RFC 7617, 2)."""
     scheme, _, secret = value.partition(b" ")
     if scheme.lower() == b"basic":
         with contextlib.suppress(ValueError):
@@ -633,24 +641,24 @@ def _key_in_authorization(value: bytes) -> bytes:
 
 
 def is_preflight(request: Request) -> bool:
-    """Whether a browser asks for leave to send a request; it cannot send a key with the question."""
+    """Whether a browser asks if a page may send a request (CORS); browsers never send a key with this question."""
     return request.method == b"OPTIONS" and b"access-control-request-method" in request.fields
 
 
 def preflight_lines(request: Request) -> list[bytes]:
-    """Leave for what a web page asked to send."""
+    """The fields that allow a web page to send the request that it asked for."""
     wanted = request.fields.get(b"access-control-request-headers", b"")
     methods = b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE"
     return [methods, b"Access-Control-Allow-Headers: " + wanted, b"Access-Control-Max-Age: 86400"]
 
 
 def error_body(path: str, status: int, message: str) -> bytes:
-    """An error in the words of the API behind the path: Anthropic's, OpenAI's, or else Ollama's."""
+    """An error in the JSON of the API that the path belongs to: Anthropic's, OpenAI's, or else Ollama's."""
     kind = "permission_error" if status == 403 else "api_error" if status >= 500 else "invalid_request_error"
     body: dict[str, Any] = {"error": message}
     if path.startswith("/v1/messages"):
         body = {"type": "error", "error": {"type": "request_too_large" if status == 413 else kind, "message": message}}
-    elif path.startswith("/v1/"):  # whose clients parse `code` as a string or null
+    elif path.startswith("/v1/"):  # OpenAI's clients parse `code` as a string or null
         body = {"error": {"message": message, "type": kind, "code": "permission_denied" if status == 403 else None}}
     return json.dumps(body).encode()
 
