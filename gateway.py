@@ -623,12 +623,13 @@ def _reachable(line: bytes, upstream: Upstream) -> bytes:
 
 
 def presented_keys(fields: Fields) -> list[bytes]:
-    """The keys that a request presents in X-Api-Key and in Authorization; an absent or unusable one is empty.
+    """The keys that a request presents in X-Api-Key and in Authorization; an empty one is none.
 
     Both are returned, because SDKs send a dummy Authorization beside the real X-Api-Key.  The values of a
     repeated field were joined, which makes no valid key.
     """
-    return [fields.get(b"x-api-key", b""), _key_in_authorization(fields.get(b"authorization", b""))]
+    keys = fields.get(b"x-api-key"), _key_in_authorization(fields.get(b"authorization", b""))
+    return [key for key in keys if key]
 
 
 def _key_in_authorization(value: bytes) -> bytes:

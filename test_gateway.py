@@ -1074,6 +1074,12 @@ def test_the_request_travels_unchanged_but_for_hops_and_credentials(gate: Runnin
     assert upstream.received[0].body == b"{}"
 
 
+@pytest.mark.parametrize("lines", ["", "X-Api-Key:", "Authorization: Bearer", "Authorization: Basic YTo="])
+def test_an_empty_key_is_none(lines: str) -> None:
+    """Otherwise a digest of nothing in keys.txt would open the gateway to all."""
+    assert gateway.presented_keys(gateway.parse_fields(lines.encode())) == []
+
+
 READ_AS_ANOTHER = ["X_Api_Key", "x-api_key", "X_Api-Key", "Proxy_Authorization", "Transfer_Encoding", "CONTENT_LENGTH", "Keep_Alive",
                    "Proxy_Connection", "X_Forwarded_For", "X-Forwarded_For", "X_Forwarded-Proto", "x_forwarded_host"]  # fmt: skip
 
