@@ -27,6 +27,7 @@ through all of that) - Server (connections, their number, drain) - Demo - Comman
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import base64
 import contextlib
@@ -56,7 +57,7 @@ import threading
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
 from http import HTTPStatus
 from pathlib import Path
@@ -73,20 +74,28 @@ MAX_FIELDS: Final = 100  # fields in a head: as http.client and Apache
 MAX_INTERIM: Final = 8  # 1xx answers before the final one
 MAX_KEPT_LINES: Final = 5_000  # audit lines in memory while the log cannot be written, about 1.5 MB
 MAX_LOGGED: Final = 128  # characters of what a client wrote into the log, 12 bytes each; a line fits in PIPE_BUF
-READ_SIZE: Final = 256 * 1024  # bytes a read, where many come: 10 % less CPU per MB than 64 KiB
+READ_SIZE: Final = 64 * 1024  # bytes a read, where many come: 10 % less CPU per MB than 64 KiB
 TLS_RECORD: Final = 16 * 1024  # bytes that the largest one holds: RFC 8446, 5.1
-READ_AHEAD: Final = 64 * 1024  # bytes of pipelined requests held while one is being answered
 MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that renew --body-timeout
 CONNECT_TIMEOUT: Final = 5.0  # seconds to reach the upstream
 POOL_SIZE: Final = 64  # idle upstream connections
 POOL_SECONDS: Final = 4.0  # for which they are kept: uvicorn and llama.cpp close theirs after 5
-LINGER: Final = 2.0  # seconds in which a refused client may finish sending and read why
+LINGER: Final = 30.0  # seconds in which a refused client may finish sending and read why: as nginx
+LINGER_SILENCE: Final = 5.0  # seconds without a byte that end this: likewise
 TICK: Final = 0.25  # seconds between two looks at keys, certificate, pool, deadlines
 NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # it may pass, so wait
 
 
 class OperatorError(Exception):
     """Something that the person who runs the gateway can mend; the text says what and how."""
+
+
+def fault(error: BaseException) -> str:
+    """An error of our own in one line; never its text, which may quote a key."""
+    where = error.__traceback__
+    while where and where.tb_next:
+        where = where.tb_next
+    return f"internal error: {type(error).__name__} in line {where.tb_lineno if where else 0} of the gateway"
 
 
 @contextlib.contextmanager
@@ -268,7 +277,9 @@ def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
-    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    # 0x80 is OP_IGNORE_UNEXPECTED_EOF, which has no name before Python 3.10: OpenSSL 3 takes an end without close_notify
+    # for a fatal error, after which it would not even send the 408.  The framing tells whether a request was whole.
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | 0x80
     context.set_alpn_protocols(["http/1.1"])
     context.num_tickets = 1  # is enough to resume a session; the second one costs 15 % of a handshake
     remedy = "put an unencrypted PEM pair there that belongs together, or move both away to have a new one made"
@@ -463,8 +474,8 @@ _TARGET = re.compile(rb"(?i:https?://[^/?#@]+)?(/.*)?")
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _FIELDS = re.compile(rb"(?:(?:\A|\r\n)%b:[\t\x20-\x7e\x80-\xff]*)*" % _TOKEN)
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
-_CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
-_CHUNK_LINE_BEGUN = re.compile(rb"(?:\r(?:\n[^\n]{0,1020})?)?")  # what may still become one
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
+MAX_CHUNK_LINE: Final = 1024  # bytes
 
 
 def split_head(data: bytes) -> tuple[bytes, bytes] | None:
@@ -667,17 +678,32 @@ def error_body(path: str, status: int, message: str) -> bytes:
 class BodyReader:
     """Finds the end of a body in the bytes of a connection, without touching the connection.
 
-    Once it is `done`, `rest` is what follows the body, `trailers` the fields behind its last chunk.
+    `chunked` and `note` are for pass_on(): the framing in which the other side gets it, and who is told its content.
+    Once the body is `done`, `rest` is what follows it, and `trailers` are the fields behind its last chunk.
     """
 
-    def __init__(self, framing: int) -> None:
-        self.framing = framing
+    def __init__(self, framing: int, chunked: bool = False, note: Callable[[bytes], object] = len) -> None:
+        self.framing, self.chunked, self.note = framing, chunked, note
         self.done = framing == 0
-        # Preceded by one CRLF more, each chunk's size line stands between two.
-        self.rest = b"\r\n" if framing == CHUNKED else b""
+        self._verbatim = chunked and framing == CHUNKED  # whether a whole chunk may travel as it is
+        self.rest = b""  # received, and neither content nor understood yet
         self.trailers = NO_FIELDS
-        # Bytes, of the body or of the chunk; without an end in sight, more than will ever come.
+        # Bytes until the end of the body, or of the chunk; without an end in sight, more than will ever come.
         self._missing = sys.maxsize if framing == UNTIL_CLOSE else max(framing, 0)
+        self._between = True  # whether the next bytes are a chunk's size, and not the CRLF behind its content
+
+    def pass_on(self, data: bytes) -> bytes:
+        """The connection's next bytes, as the other side gets them.  Raises ClientError 400 or 431."""
+        if self._verbatim and self._between and not self.rest and data.endswith(b"\r\n"):
+            at = data.find(b"\n") + 1
+            if at < len(data) - 2 and data[:at] == b"%x\r\n" % (len(data) - at - 2):
+                self.note(data[at:-2])  # one whole chunk, as most tokens come
+                return data
+        content = self.feed(data)
+        self.note(content)
+        if not self.chunked:
+            return content
+        return chunk(content) + (last_chunk(self.trailers) if self.done else b"")
 
     def feed(self, data: bytes) -> bytes:
         """The content in the connection's next bytes.  Raises ClientError 400 or 431."""
@@ -696,25 +722,24 @@ class BodyReader:
                 self._missing -= len(piece)
                 if self._missing:
                     break
+            if not self._between:
+                require(b"\r\n".startswith(data[at : at + 2]), 400, "a chunk is longer than its size says")
+                if len(data) < at + 2:
+                    break
+                self._between, at = True, at + 2
             if not (line := _CHUNK_LINE.match(data, at)):
-                require(_CHUNK_LINE_BEGUN.fullmatch(data, at), 400, "a chunk is malformed")
+                require(len(data) - at < MAX_CHUNK_LINE and b"\n" not in data[at:], 400, "a chunk's size is malformed")
                 break
             if size := int(line[1], 16):
-                self._missing, at = size, line.end()
-            else:  # the last one, and its trailers, have the form of a head (RFC 9112, 7.1)
-                end = split_head(data[at + 2 :])
+                self._missing, self._between, at = size, False, line.end()
+            else:  # the last one: it and its trailers have the form of a head (RFC 9112, 7.1)
+                end = split_head(data[at:])
                 if not end:
                     break
                 self.trailers = parse_fields(end[0].partition(b"\r\n")[2])
                 self.done, at = True, len(data) - len(end[1])
         self.rest = data[at:]
         return b"".join(pieces)
-
-    def whole_chunk(self, data: bytes) -> bytes:
-        """The content of the next bytes, if they are one whole chunk, written as chunk() does it."""
-        at = data.find(b"\n") + 1
-        expected = self.rest == b"\r\n" and data.endswith(b"\r\n")
-        return data[at:-2] if expected and data[:at] == b"%x\r\n" % (len(data) - at - 2) else b""
 
     def end(self) -> bool:
         """The connection has ended: was the body whole?"""
@@ -986,321 +1011,289 @@ def _is_torn(path: str) -> bool:
     return False
 
 
-# --- Wires ---
-# Sockets that never block.  Who serves a request must notice the upstream's answer or the client's leaving,
-# whichever comes first, and a socket's own time-out starts anew with every byte, so that a byte now and
-# then would hold him for ever.  So what has to wait is written as Steps: a generator that yields what for.
+# --- Sockets ---
+# Every connection has a thread, and calls on its sockets block.  A socket's own time-out would start anew with every
+# byte, so a client that sends one now and then could hold a thread for ever.  Instead, a thread that is about to block
+# writes down until when, and what it means if that passes: its Guard.  One thread, the watchman, looks at all guards four
+# times a second and shuts down, below TLS, the socket of whoever overstays; the blocked call returns.
 
 READ: Final = getattr(select, "POLLIN", 1)
 WRITE: Final = getattr(select, "POLLOUT", 4)
-GONE: Final = getattr(select, "POLLRDHUP", 0)  # Linux only: the peer has left, even behind unread bytes
+GONE: Final = getattr(select, "POLLRDHUP", 0)  # Linux only: the peer has left, even behind unread bytes; else POLLHUP
 
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+# Whoever gives up the interpreter's lock for a system call, while others want it, sleeps until it comes round again.  So
+# the threads of connections take turns: one keeps its turn from the bytes that woke it until it blocks again.  That
+# makes 1000 streams twice as cheap.  An interpreter without that lock needs no turns.
+TURN: Final = threading.Lock() if getattr(sys, "_is_gil_enabled", lambda: True)() else None
 
 
 class ClientLeft(Exception):
     """The client closed its connection, or does not read."""
 
 
-# They yield a Wait, or what looks like one; or a function that blocks, and get what it returns or raises.
-Steps = Generator[Any, Any, T]
+class Silence(Exception):
+    """Nothing is being asked: the connection may end without a word, also because the gateway stops."""
 
 
-class Wait(NamedTuple):
-    """What Steps wait for: one of these events (READ | WRITE | GONE), or the deadline."""
+class Guard:
+    """What the watchman knows of one client's connection.
 
-    deadline: float  # monotonic
-    watched: tuple[tuple[Wire, int], ...] = ()
-    idle: bool = False  # whether they can as well be told at once that it is over, since the gateway stops
+    `with guard.until(deadline, wire, overdue):` surrounds a call that blocks on that wire; if the deadline passes, the
+    call ends early, and `verdict` is `overdue`.  The lock keeps the watchman from shutting down a socket that is just
+    being closed or given away.
+    """
 
-    def happened(self, wire: Wire, events: int) -> bool:
-        """Look at an event: whether it is what they wait for."""
-        return True
+    def __init__(self, client: Wire) -> None:
+        self.lock = threading.Lock()
+        self.client = client
+        self.upstream: Wire | None = None  # while a request is in flight
+        self.wait: tuple[float, Wire, Exception] | None = None  # one attribute, so that it is read and written at once
+        self.verdict: Exception | None = None  # why the watchman intervened
 
-    def overdue(self) -> Exception:
-        """What is raised in them after the deadline."""
-        return TimeoutError()
+    def until(self, deadline: float, wire: Wire, overdue: Exception) -> Guard:
+        """Write down what the thread is going to block on; the deadline is monotonic time."""
+        self.wait = deadline, wire, overdue
+        return self
+
+    def __enter__(self) -> None:
+        if TURN:
+            TURN.release()
+
+    def __exit__(self, *_: object) -> None:
+        if TURN:
+            TURN.acquire()
+        self.wait = None
+
+    def look(self, now: float, left: set[Wire], stopping: bool) -> None:
+        """Intervene, if the deadline has passed or the client has left; when the gateway stops, silence is over at once."""
+        deadline, wire, overdue = self.wait or (math.inf, self.client, ClientLeft())
+        if deadline < now or (stopping and isinstance(overdue, Silence)):
+            # Reading ends first: a client that is too slow is still to get its 408.  That ends no write, nor a read in which
+            # records keep coming that hold no data (TLS KeyUpdate); what is still blocked at the next look is shut down.
+            how = socket.SHUT_RDWR if self.verdict else socket.SHUT_RD
+            self.verdict = self.verdict or overdue  # before the thread wakes, and looks at it
+            wire.shut_down(how)
+        elif self.upstream and self.client in left and not self.verdict:
+            self.end()
+
+    def end(self) -> None:
+        """End the connection, whatever its thread is doing, as if the client had left."""
+        self.verdict = self.verdict or ClientLeft()
+        for wire in filter(None, (self.client, self.upstream)):
+            wire.shut_down(socket.SHUT_RDWR)
+
+
+class Watchman:
+    """Ends what overstays, and requests whose clients have left."""
+
+    def __init__(self) -> None:
+        self.stopping = False  # from then on, nobody waits for another request
+        self.lock = threading.Lock()
+        self.guards: set[Guard] = set()  # of all connections
+
+    def run(self) -> None:
+        """Look around, for ever.  Nothing in it blocks."""
+        while True:
+            time.sleep(TICK)
+            with self.lock:
+                guards = list(self.guards)
+            left = ready([(guard.client, GONE) for guard in guards if guard.upstream], seconds=0)
+            for guard in guards:
+                with guard.lock:
+                    guard.look(time.monotonic(), left, self.stopping)
+
+    def end_all(self) -> None:
+        """Break off all connections, so that what is in flight is logged."""
+        with self.lock:
+            for guard in self.guards:
+                with guard.lock:
+                    guard.end()
 
 
 class Wire:
     """A connected socket, TLS or plain.  When it breaks, it raises what that means: `failure`."""
 
     def __init__(self, sock: socket.socket, failure: Callable[[], Exception]) -> None:
-        sock.setblocking(False)
-        self.sock, self.failure = sock, failure
-        self.descriptor = sock.fileno()
-        self._read: Callable[[int], bytes] = sock.recv
-        self._write: Callable[[bytes | memoryview], int] = sock.send
-        self._size, self._most = TLS_RECORD, READ_SIZE  # bytes of the next read; of any
-        if isinstance(sock, ssl.SSLSocket):
-            # What it checks before each call, such as that it is connected, we know; it costs 10 % of a request's CPU.
-            inner = getattr(sock, "_sslobj", None) or sock
-            self._read, self._write, self._most = inner.read, inner.write, TLS_RECORD
-        self.ahead = b""  # what was read and not used yet
-        self.events = 0  # for which a selector watches it
-        self.unwatch: Callable[[Wire], None] = lambda _: None  # which makes it stop
-        self.task: Any = None  # who waits for them
+        self.sock, self.failure, self.descriptor = sock, failure, sock.fileno()
+        self.guard = Guard(self)
+        self.ahead = b""  # received, but not used yet
+        # A read takes at least one whole TLS record, so OpenSSL holds no plaintext that poll() cannot see.
+        self._size, self._most = TLS_RECORD, TLS_RECORD if isinstance(sock, ssl.SSLSocket) else READ_SIZE
 
-    def shake_hands(self, deadline: float) -> Steps[None]:
-        """Be TLS's server.  These are steps like others: in a thread, a new connection cost a fifth more CPU."""
-        while isinstance(self.sock, ssl.SSLSocket):
-            try:
-                return self.sock.do_handshake()
-            except _NOT_NOW as error:
-                events = WRITE if isinstance(error, ssl.SSLWantWriteError) else READ
-            except OSError:
-                self._close()  # and no more, since a reset might overtake our alert
-                raise
-            yield Wait(deadline, ((self, events),), idle=True)
-
-    def receive(self) -> bytes | None:
-        """What has arrived: bytes, b"" at the end, None for nothing.
-
-        As nothing less than a whole TLS record is read, none of its bytes stay behind, where no poll can see them.
-        """
+    def receive(self, deadline: float, overdue: Exception) -> bytes:
+        """The next bytes, b"" at the end.  Raises `overdue` after the deadline."""
         try:
-            data = self._read(self._size)
+            self._block()
+            with self.guard.until(deadline, self, overdue):
+                data = self.sock.recv(self._size)
+        except OSError:
+            raise self.guard.verdict or self.failure() from None
+        if not data and self.guard.verdict:
+            raise self.guard.verdict
+        # Room costs memory in every thread, so there is more of it only where reads fill it.
+        self._size = self._most if len(data) == self._size else TLS_RECORD
+        return data
+
+    def send(self, data: bytes, seconds: float, overdue: Exception) -> None:
+        """Send all.  Raises `overdue` when a TLS record of it takes longer than that."""
+        sent = 0
+        if TURN:  # mostly all can go at once, and the turn is kept
+            self.sock.setblocking(False)
+            sent = self.send_now(data)
+        try:
+            while sent < len(data):
+                self._block()
+                with self.guard.until(time.monotonic() + seconds, self, overdue):
+                    sent += self.sock.send(memoryview(data)[sent:])
+        except OSError:
+            raise self.guard.verdict or self.failure() from None
+
+    def receive_now(self) -> bytes | None:
+        """What has arrived: bytes, b"" at the end, None for nothing.  The socket must be set not to block."""
+        try:
+            return self.sock.recv(TLS_RECORD)
         except _NOT_NOW:
             return None
         except OSError:
-            raise self.failure() from None
-        if len(data) < TLS_RECORD:
-            self._size = TLS_RECORD  # since room costs, too
-            return data
-        self._size = self._most
-        return data if len(data) > TLS_RECORD else data + self._more()
+            raise self.guard.verdict or self.failure() from None
 
-    def _more(self) -> bytes:
-        """Behind a full record there mostly are others; taken together they cost a third less CPU per MB."""
-        pieces: list[bytes] = []
+    def send_now(self, data: bytes) -> int:
+        """Send what can go at once; returns how much.  The socket must be set not to block.
+
+        The rest must be what is sent next, since OpenSSL may have begun to send it.
+        """
+        sent = 0
         try:
-            while len(pieces) < 3:
-                pieces.append(self._read(TLS_RECORD))
-        except _NOT_NOW:
-            pass
-        except OSError as error:
-            self._read = functools.partial(_fail, error)  # the system would say it once, and then that this is the end
-        return b"".join(pieces)
-
-    def receive_until(self, deadline: float, idle: bool = False) -> Steps[bytes]:
-        """The next bytes, b"" at the end; TimeoutError when the deadline passes."""
-        data = None
-        while data is None:
-            yield Wait(deadline, ((self, READ),), idle)
-            data = self.receive()
-        return data
-
-    def send_some(self, data: bytes) -> bytes:
-        """Send what can go now; returns the rest."""
-        at = 0
-        try:
-            at = self._write(data)
-            while at < len(data):  # over TLS a record of 16 KiB went
-                at += self._write(memoryview(data)[at:])
+            while sent < len(data):  # over TLS, a call sends one record
+                sent += self.sock.send(memoryview(data)[sent:] if sent else data)
         except _NOT_NOW:
             pass
         except OSError:
-            raise self.failure() from None
-        return data[at:]
+            raise self.guard.verdict or self.failure() from None
+        return sent
 
-    def send(self, data: bytes, timeout: float) -> Steps[None]:
-        """Send all; fails when for `timeout` seconds nothing could go."""
-        try:
-            while data := self.send_some(data):
-                yield Wait(time.monotonic() + timeout, ((self, WRITE),))
-        except TimeoutError:
-            raise self.failure() from None
+    def linger(self) -> None:
+        """Half-close, and let the peer finish sending.
 
-    def linger(self) -> Steps[None]:
-        """End our half, and let the peer finish sending.
-
-        A socket that is closed while bytes arrive resets the connection: our answer would be lost.
+        To close while bytes arrive would reset the connection, and the peer could lose our answer.
         """
         self._end_tls()
-        with contextlib.suppress(OSError, ClientLeft):
-            self.sock.shutdown(socket.SHUT_WR)
-            self._read = self.sock.recv  # which also reads what is not TLS any more
-            deadline = time.monotonic() + LINGER
-            while (yield from self.receive_until(deadline)):
-                pass
+        end = time.monotonic() + LINGER
+        with contextlib.suppress(OSError):
+            self.shut_down(socket.SHUT_WR)
+            self._block()
+            data = b"more"
+            while data:
+                with self.guard.until(min(end, time.monotonic() + LINGER_SILENCE), self, Silence()):
+                    data = socket.socket.recv(self.sock, READ_SIZE)  # below TLS, only to be thrown away
 
     def close(self) -> None:
-        """End it well."""
+        """Close with a close_notify, so that the peer can tell the end from a cut."""
         self._end_tls()
         self._close()
 
     def abort(self) -> None:
-        """End with a reset: the peer shall not take what it has for all, even where only the end could tell."""
+        """Close with a reset: the peer must not take what it has for a whole answer."""
         no_linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
         with contextlib.suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
         self._close()
 
-    def interrupt(self) -> None:
-        """Shut it down from another thread: below TLS, since two threads must not share that."""
+    def shut_down(self, how: int) -> None:
+        """Shut it down below TLS: SSLSocket.shutdown() would take the TLS object away from the thread that uses it."""
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+            socket.socket.shutdown(self.sock, how)
+
+    def has_ended(self) -> bool:
+        """Whether a socket that is ready to be read holds nothing but its end."""
+        with contextlib.suppress(OSError):
+            return not socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
+        return True
+
+    def _block(self) -> None:
+        if self.sock.gettimeout() is not None:
+            self.sock.setblocking(True)
 
     def _end_tls(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             if isinstance(self.sock, ssl.SSLSocket):
-                self.sock.unwrap()  # says our close_notify, then raises for want of the peer's
+                self.sock.setblocking(False)
+                self.sock.unwrap()  # sends our close_notify, then raises because the peer's is not there
 
     def _close(self) -> None:
-        self.unwatch(self)  # before its descriptor can be another's
-        self.sock.close()
+        with self.guard.lock:
+            self.sock.close()
 
 
-def _fail(error: OSError, _: int) -> bytes:
-    raise error
+def ready(wanted: Sequence[tuple[Wire, int]], seconds: float | None) -> set[Wire]:
+    """The wires on which one of their events (READ, WRITE, GONE) happens within that time; None waits for ever."""
+    if hasattr(select, "poll"):
+        poll, wires = select.poll(), {wire.descriptor: wire for wire, _ in wanted}
+        for wire, events in wanted:
+            poll.register(wire.descriptor, events)
+        return {wires[descriptor] for descriptor, _ in poll.poll(None if seconds is None else seconds * 1000)}
+    # Windows has only select(), to which a client that has left looks like one that has sent something.
+    readers = [wire.sock for wire, events in wanted if events != WRITE]
+    writers = [wire.sock for wire, events in wanted if events & WRITE]
+    found = [set(socks) for socks in select.select(readers, writers, [], seconds)] if wanted else [set(), set()]
+    return {wire for wire, events in wanted if wire.sock in found[1] or (wire.sock in found[0] and (events or wire.has_ended()))}
 
 
-# --- Selector ---
-# One thread makes the Steps of all connections, each when what it waits for has happened.  Only what blocks
-# whatever one does, to look up a name and to connect elsewhere, has a thread for that time.  With a thread for each
-# connection, which lent its running answer to one like this, a request of 16 busy clients and the beginning
-# of 256 streams cost 1.6 times the CPU: to wake a thread costs more than most steps, and those that are awake
-# fight for the interpreter.
+# --- Relay ---
+# A connection's thread may lend a running stream to the relay's thread, since to wake a thread for every token costs twice
+# the token.  The relay does one thing: when something has come from an upstream, it has it moved to the client, as far as
+# that needs no waiting.  Everything else - a slow client, the end, a fault - is for the connection's own thread, which
+# sleeps meanwhile, and which does all of the work where there is no relay.
 
 
-class SelectPoll:
-    """select.poll for Windows, which has none."""
+class Loan:
+    """A running stream: how to move what has arrived, and how to tell the thread that lent it."""
 
-    def __init__(self) -> None:
-        self._watched: dict[int, int] = {}
-        self.register = self.modify = self._watched.__setitem__
-        self.unregister = self._watched.__delitem__
-
-    def poll(self) -> list[tuple[int, int]]:
-        """[(descriptor, events)], when something happened."""
-        reading, writing = ([fd for fd, events in self._watched.items() if events & event] for event in (READ, WRITE))
-        reading, writing, _ = select.select(reading, writing, [])
-        return [(fd, READ) for fd in reading] + [(fd, WRITE) for fd in writing]
+    def __init__(self, move: Callable[[], bool]) -> None:
+        self.move = move
+        self.failure: Exception | None = None
+        self.returned = threading.Semaphore(0)
 
 
-NEVER: Final = Wait(math.inf)
-
-
-class Task:
-    """Steps that have begun."""
-
-    def __init__(self, steps: Steps[None]) -> None:
-        self.steps = steps
-        self.wait: Any = NEVER
-        self.watched = NEVER.watched  # of the wait, as the selector knows it
-
-
-class Selector:
-    """Makes the steps of all tasks."""
+class Relay:
+    """Moves running streams, all in one thread."""
 
     def __init__(self) -> None:
-        self.stopping = False  # from then on, nobody waits for another request
-        # epoll is Linux only; it finds what is ready without looking at the rest.
-        self._poll: Any = getattr(select, "epoll", getattr(select, "poll", SelectPoll))()
-        self._wires: dict[int, Wire] = {}  # that are watched, by descriptor
-        self._tasks: dict[Task, None] = {}
-        self._news: deque[tuple[Task, Any, Exception | None]] = deque()  # from other threads
-        self._ticked = False  # whether it is time to look at deadlines
-        self._ringer, bell = socket.socketpair()  # tells of both
-        self._ringer.setblocking(False)
-        self._step(Task(self._hear(Wire(bell, ClientLeft))))
-        threading.Thread(target=self._run, daemon=True).start()
-        threading.Thread(target=self._tick, daemon=True).start()
+        self._poll = select.epoll()  # Linux only
+        self._loans: dict[int, Loan] = {}  # by the descriptor of the upstream's socket
 
-    def begin(self, steps: Steps[None]) -> None:
-        """Have these steps made; they handle what they raise."""
-        self._tell(Task(steps))
-
-    def _tell(self, task: Task, result: Any = None, failure: Exception | None = None) -> None:
-        self._news.append((task, result, failure))
-        self._ring()
-
-    def _tick(self) -> None:
-        """Have deadlines looked at.  A time-out of each poll's own cost 1 % more of a request's CPU."""
-        while True:
-            time.sleep(TICK)
-            self._ticked = True
-            self._ring()
-
-    def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it rings already, and how
-            self._ringer.send(b"!")
-
-    def _hear(self, bell: Wire) -> Steps[None]:
-        rung = Wait(math.inf, ((bell, READ),))
-        while True:
-            yield rung
-            bell.receive()
-            while self._news:
-                self._step(*self._news.popleft())
-            if self._ticked:
-                self._ticked = False
-                self._look_for_overdue(time.monotonic())
-
-    def _look_for_overdue(self, now: float) -> None:
-        for task in list(self._tasks):
-            if task.wait.deadline < now or (self.stopping and task.wait.idle):
-                self._step(task, failure=task.wait.overdue())
-
-    def _run(self) -> None:
-        while True:
-            for descriptor, events in self._poll.poll():
-                wire = self._wires.get(descriptor)
-                if not wire:  # a step just now has closed it
-                    continue
-                task = wire.task
-                try:
-                    if not task:  # nobody waits for that any more
-                        self._unwatch(wire)
-                    elif task.wait.happened(wire, events):
-                        self._step(task)
-                    elif task.wait.watched is not task.watched:
-                        self._watch(task, task.wait)
-                except Exception as error:  # is for those who wait
-                    self._step(task, failure=error)
-
-    def _step(self, task: Task, result: Any = None, failure: Exception | None = None) -> None:
+    def carry(self, wire: Wire, move: Callable[[], bool]) -> None:
+        """Have move() called whenever the wire can be read, until it returns False or raises; block until then."""
+        loan = self._loans[wire.descriptor] = Loan(move)
         try:
-            wait = task.steps.throw(failure) if failure else task.steps.send(result)
-            self._tasks[task] = None
-        except Exception:  # it is StopIteration: they handle what they raise
-            self._tasks.pop(task, None)
-            wait = NEVER
+            self._poll.register(wire.descriptor, select.EPOLLIN)
+        except OSError:  # the system is short of watches, and the thread can do without
+            del self._loans[wire.descriptor]
+            return
+        loan.returned.acquire()
+        if loan.failure:
+            raise loan.failure
+
+    def run(self) -> None:
+        """Move what arrives, for ever."""
+        while True:
+            found = self._poll.poll()
+            with TURN or contextlib.nullcontext():
+                for descriptor, _ in found:
+                    self._move(descriptor)
+
+    def _move(self, descriptor: int) -> None:
+        loan = self._loans[descriptor]
         try:
-            self._watch(task, NEVER if callable(wait) else wait)  # first, so that no event passes for a call's end
-            if callable(wait):
-                threading.Thread(target=self._call, args=(task, wait), daemon=True).start()
-        except (OSError, RuntimeError) as error:  # a wire could not be watched, or no thread be had
-            self._tell(task, failure=OSError(errno.ENOMEM, str(error)))
-
-    def _call(self, task: Task, call: Callable[[], Any]) -> None:
-        try:
-            result = call()
-        except Exception as error:  # is for those who asked for the call
-            self._tell(task, failure=error)
-        else:
-            self._tell(task, result)
-
-    def _watch(self, task: Task, wait: Any) -> None:
-        for wire, _ in task.watched:  # which stay watched, mostly for the next one: to change that is a system call
-            wire.task = None
-        task.wait, task.watched = wait, wait.watched
-        for wire, events in wait.watched:
-            wire.task = task
-            if not events:  # not even for its end, which would be reported all the time
-                self._unwatch(wire)
-            elif not wire.events:
-                self._poll.register(wire.descriptor, events)
-                self._wires[wire.descriptor], wire.unwatch = wire, self._unwatch
-            elif events != wire.events:
-                self._poll.modify(wire.descriptor, events)
-            wire.events = events
-
-    def _unwatch(self, wire: Wire) -> None:
-        if wire.events:
-            wire.events = 0
-            del self._wires[wire.descriptor]
-            self._poll.unregister(wire.descriptor)
+            if loan.move():
+                return
+        except Exception as failure:  # the stream's own thread is to handle it
+            loan.failure = failure
+        self._poll.unregister(descriptor)
+        del self._loans[descriptor]
+        loan.returned.release()
 
 
 # --- Forwarding ---
@@ -1309,7 +1302,7 @@ class Selector:
 
 
 class UpstreamError(Refusal):
-    """The upstream cannot be reached, is silent, or sends what is no answer."""
+    """The upstream cannot be reached, is silent, or sends what is no valid answer."""
 
 
 class Pool:
@@ -1320,258 +1313,225 @@ class Pool:
         self._tls = ssl.create_default_context() if upstream.tls else None
         if self._tls:
             self._tls.options &= ~0x80  # OP_IGNORE_UNEXPECTED_EOF: Python 3.9 sets it, and has no name for it
-        next_door = not upstream.tls and upstream.host in ("127.0.0.1", "::1")
-        self._try_at_once = -math.inf if next_door else math.inf  # from then on; monotonic
+        self._lock = threading.Lock()
         self._idle: deque[tuple[float, Wire]] = deque()  # (since when, connection), oldest first
 
     def take(self) -> Wire | None:
-        """A kept connection, if there is one."""
-        return self._idle.pop()[1] if self._idle else None
+        """The kept connection that was used last.  One that has ended, or speaks unasked, is no good."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                wire = self._idle.pop()[1]
+            if not ready([(wire, READ)], seconds=0):
+                return wire
+            wire.abort()
 
     def give_back(self, wire: Wire) -> None:
         """Keep a connection that is ready for another request."""
-        self._idle.append((time.monotonic(), wire))
+        with self._lock:
+            self._idle.append((time.monotonic(), wire))
 
-    def prune(self) -> Steps[None]:
-        """Close those that are too old or too many, for ever."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                yield Wait(time.monotonic() + TICK)
-            while self._idle and (len(self._idle) > POOL_SIZE or time.monotonic() - self._idle[0][0] > POOL_SECONDS):
-                self._idle.popleft()[1].close()
+    def prune(self) -> None:
+        """Close those that are too old or too many."""
+        now, old = time.monotonic(), []
+        with self._lock:
+            while self._idle and (len(self._idle) > POOL_SIZE or now - self._idle[0][0] > POOL_SECONDS):
+                old.append(self._idle.popleft()[1])
+        for wire in old:
+            wire.close()
 
-    def connect_at_once(self) -> Wire | None:
-        """A new connection, where that takes no time: over loopback, unless the upstream's queue is full.
-
-        With a thread for each, 256 streams took twice the time to begin, and a tenth more CPU.
-        """
-        if time.monotonic() > self._try_at_once:
-            with contextlib.suppress(UpstreamError):
-                return self.connect(timeout=0.001)  # without any, the system says that it has only begun
-            self._try_at_once = time.monotonic() + TICK  # or a crowd would be held up for as many milliseconds
-        return None
-
-    def connect(self, timeout: float = CONNECT_TIMEOUT) -> Wire:
-        """A new connection; it blocks.  UpstreamError 502."""
-        address = self.upstream.host, self.upstream.port
-        connection = http.client.HTTPConnection(*address, timeout=timeout)
-        if self._tls:
-            connection = http.client.HTTPSConnection(*address, timeout=timeout, context=self._tls)
+    def connect(self) -> Wire:
+        """A new connection.  UpstreamError 502."""
+        connection = http.client.HTTPConnection(self.upstream.host, self.upstream.port, timeout=CONNECT_TIMEOUT)
         try:
             connection.connect()
+            sock = connection.sock
+            if self._tls:  # without suppress_ragged_eofs=False, an end without close_notify would not look like a cut
+                sock = self._tls.wrap_socket(sock, server_hostname=self.upstream.host, suppress_ragged_eofs=False)
         except OSError as error:
             reason = getattr(error, "verify_message", None) or error.strerror or "no answer"
             message = f"the upstream at {self.upstream.authority} cannot be reached ({reason}); start it there"
             raise UpstreamError(502, message) from None
-        if isinstance(connection.sock, ssl.SSLSocket):  # where an end without close_notify is a cut
-            connection.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined] # public but not in typeshed
-        return Wire(connection.sock, lambda: UpstreamError(502, "the connection to the upstream broke"))
-
-
-STREAMING: Final = (READ, READ)  # what an exchange waits for, mostly: more of the answer, or that the client leaves
+        return Wire(sock, lambda: UpstreamError(502, "the connection to the upstream broke"))
 
 
 class Exchange:
-    """A request's way to the upstream and the answer's way back.
+    """A request on its way to the upstream, and the answer on its way back."""
 
-    Both ways are in one, since an upstream may answer before it has the whole request, and a client
-    may leave before there is an answer.  It is itself the Wait of its Steps, and moves what can move in
-    happened(), so that a token takes one call instead of six generators.
-    """
+    def __init__(self, pool: Pool, relay: Relay | None, client: Wire, request: Request, settings: Settings) -> None:
+        self.sent, self.received = Excerpt(), Excerpt()  # of the content of the two bodies
+        self.request_body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)
+        self.upstream: Wire  # from begin() on; the guard knows it until end()
+        self._pool, self._relay, self._client, self._request, self._settings = pool, relay, client, request, settings
+        self._silent = UpstreamError(504, f"the upstream was silent for {settings.upstream_timeout:g} seconds")
+        self._opening = b""  # the head, and what of the body came with it
+        self._kept = False  # whether the connection was used before, and has not proved good yet
+        self._given_up = False  # whether the upstream does not get the rest of the request
+        self._body: BodyReader  # of the answer, from bring() on
+        self._outgoing = b""  # what of it the client has not taken yet
 
-    idle = False
-
-    def __init__(self, pool: Pool, client: Wire, request: Request, head: bytes, settings: Settings) -> None:
-        self.request_body = BodyReader(request.framing)
-        self.sent, self.received = Excerpt(), Excerpt()  # of their content
-        self.upstream: Wire  # from connect() on
-        self.watched: tuple[tuple[Wire, int], ...] = ()  # see _watch()
-        self._events = (0, 0)
-        self._pool, self._client, self._request, self._settings = pool, client, request, settings
-        self._answer_body: BodyReader  # from relay() on
-        self._head = self._outgoing = head  # what is to be sent, and what of it is still here
-        self._incoming = b""  # what the client is to get, and has not taken yet
-        self._chunked = False  # whether it gets that in chunks
-        self._used_before = False  # whether the upstream's connection was
-        self._begun = False  # whether some of the request went
-        self._answering = False  # whether the answer is being brought to the client
-        self._refused = False  # whether a part of it could not be sent; the upstream may still answer
-        self._reusable = False
-        self._moved = self._taken = time.monotonic()  # when something last moved; when the client last took something
-        self._patience = self._moved + settings.body_timeout  # for the client's next MIN_PROGRESS bytes
-        self._progress = 0
+    def begin(self, head: bytes) -> None:
+        """Send the head, and what of the body is here, over a kept connection or a new one.  UpstreamError 502."""
+        self._opening = head
         if not self.request_body.done:
-            data, client.ahead = client.ahead, b""
-            self._upload(data)
+            data, self._client.ahead = self._client.ahead, b""
+            self._opening += self._incoming(data)
+        kept = self._pool.take()
+        self._kept = kept is not None
+        self._open(kept or self._connect())
 
-    def connect(self, fresh: bool = False) -> Steps[None]:
-        """Take a kept connection, or make one.  UpstreamError 502."""
-        kept = None if fresh else self._pool.take()
-        self.upstream = kept or self._pool.connect_at_once() or (yield self._pool.connect)
-        self._used_before, self._events = kept is not None, (0, 0)
+    def upload(self) -> None:
+        """Send the rest of the body, as it comes.  If the upstream answers before, the rest is given up.
 
-    def read_head(self) -> Steps[Answer]:
-        """Wait for the next head, interim ones (1xx) included.
-
-        Raises UpstreamError, and what the client does meanwhile: ClientError, ClientLeft.
+        Raises ClientError 408, ClientLeft, UpstreamError 504.
         """
+        client, upstream, seconds = self._client, self.upstream, self._settings.body_timeout
+        slow, deadline, progress = ClientError(408, "the request's body came too slowly"), time.monotonic() + seconds, 0
+        while not (self.request_body.done or self._given_up):
+            upstream.sock.setblocking(False)
+            with client.guard.until(deadline, client, slow):
+                found = ready([(client, READ), (upstream, READ)], seconds=None)
+            if upstream in found and self._has_spoken():
+                self._given_up = True
+            elif client in found:
+                data = client.receive(deadline, slow)
+                if not data:
+                    raise ClientLeft
+                received = time.monotonic()
+                self._push(self._incoming(data))
+                deadline += time.monotonic() - received  # in which the client could not send
+                progress += len(data)
+                if progress >= MIN_PROGRESS:
+                    progress, deadline = 0, time.monotonic() + seconds
+
+    def read_head(self) -> Answer:
+        """Wait for the next head; it may be an interim one (1xx).  Raises UpstreamError, ClientLeft."""
         try:
-            head = yield from self._read_head()
+            head = self._await_head()
         except UpstreamError as error:
             harmless = self._request.method in IDEMPOTENT and not self._request.framing  # RFC 9110, 9.2.2
-            if not self._used_before or error.status != 502 or self.upstream.ahead or (self._begun and not harmless):
+            if not (self._kept and harmless and error.status == 502) or self.upstream.ahead:
                 raise
-            # A kept connection that ended before, or just when, it was to be used again.
-            self.upstream.abort()
-            self._outgoing = self._head if self._begun else self._outgoing
-            self._begun = self._refused = False
-            yield from self.connect(fresh=True)
-            head = yield from self._read_head()
-        self._used_before = False  # now it is known to be good
+            # The kept connection ended just when it was used again, and the request can be sent once more.
+            self.end()
+            self._given_up = False
+            self._open(self._connect())
+            head = self._await_head()
+        self._kept = False
         answer = _upstreams(parse_answer, head, self._request.method)
         if answer.status == 101:
             raise UpstreamError(502, "the upstream changed the protocol without being asked")
         return answer
 
-    def relay(self, answer: Answer, head: bytes, chunked: bool) -> Steps[None]:
-        """Bring the answer to the client: this head, then its content.  Raises as read_head does."""
-        self._incoming, self._chunked, self._answering = head, chunked, True
-        self._answer_body = BodyReader(answer.framing)
-        self._reusable = keeps_alive(answer) and answer.framing != UNTIL_CLOSE
+    def bring(self, answer: Answer, head: bytes, chunked: bool) -> None:
+        """Bring the answer to the client: this head, then the content, piece by piece.  Raises as read_head() does."""
+        self._body = BodyReader(answer.framing, chunked, self.received.add)
         data, self.upstream.ahead = self.upstream.ahead, b""
-        if not self._pass_on(data):
-            self._watch()
-            yield self
+        self._outgoing = head + _upstreams(self._body.pass_on, data)
+        while not self._body.done:
+            self._flush()
+            if self._relay and chunked:
+                self._lend(self._relay)
+            if not (self._outgoing or self._body.done):
+                data = self._receive()
+                if not (data or self._body.end()):
+                    raise UpstreamError(502, "the upstream closed the connection before the end of its answer")
+                self._outgoing = _upstreams(self._body.pass_on, data)
+        # Before the client gets the end: its next request, or another's, may come at once, and wants a connection.
+        self.end(reusable=keeps_alive(answer) and answer.framing != UNTIL_CLOSE and not self._body.rest)
+        self._flush()
 
-    def happened(self, wire: Wire, events: int) -> bool:
-        """Move what can move after this; whether more of a head has come, or the answer is with the client."""
-        data = None
-        if wire is self._client and events & ~WRITE:
-            self._hear_client(events)
-        if self._outgoing:
-            self._push()
-        if wire is self.upstream and not self._incoming:
-            data = self.upstream.receive()
-            if data == b"" and not (self._answering and self._answer_body.end()):
-                raise UpstreamError(502, "the upstream closed the connection before the end of its answer")
-        if self._answering:
-            over = self._pass_on(data)
-        else:
-            self.upstream.ahead += data or b""
-            over = bool(data)
-        if self._incoming or self._outgoing or self._client.ahead or self._events != STREAMING:
-            self._watch()
-        return over
+    def end(self, reusable: bool = False) -> None:
+        """Keep the upstream's connection for another request, or close it, which stops the model.  Harmless twice."""
+        guard = self._client.guard
+        with guard.lock:
+            upstream, guard.upstream = guard.upstream, None
+        if upstream and reusable and self.request_body.done and not (self._given_up or guard.verdict):
+            self._pool.give_back(upstream)
+        elif upstream:
+            upstream.abort()
 
-    @property
-    def deadline(self) -> float:
-        """Until when something has to move."""
-        if self._incoming:
-            return self._taken + self._settings.write_timeout
-        if self.request_body.done or self._outgoing:
-            return self._moved + self._settings.upstream_timeout
-        return self._patience
+    def _connect(self) -> Wire:
+        with self._client.guard.until(math.inf, self._client, ClientLeft()):  # it has a time-out of its own
+            return self._pool.connect()
 
-    def overdue(self) -> Exception:
-        """What to raise when nothing moved until the deadline."""
-        if self._incoming:
-            return ClientLeft()
-        if self.request_body.done or self._outgoing:
-            return UpstreamError(504, f"the upstream was silent for {self._settings.upstream_timeout:g} seconds")
-        return ClientError(408, "the request's body came too slowly")
+    def _open(self, upstream: Wire) -> None:
+        """Send the opening over this connection."""
+        self.upstream, guard = upstream, self._client.guard
+        upstream.guard = guard
+        with guard.lock:
+            guard.upstream = upstream
+        try:
+            upstream.send(self._opening, self._settings.upstream_timeout, self._silent)
+        except UpstreamError as error:
+            if error.status != 502:
+                raise
+            self._given_up = True  # an upstream that takes no more may still have answered
 
-    def close(self) -> None:
-        """Keep the upstream connection for another request, or close it, which stops the model."""
-        sent = self.request_body.done and not self._outgoing and not self._refused
-        if self._reusable and sent and self._answer_body.done and not self._answer_body.rest:
-            self._pool.give_back(self.upstream)
-        else:
-            self.upstream.abort()
+    def _incoming(self, data: bytes) -> bytes:
+        """Bytes of the request's body as the upstream gets them; what follows the body stays with the client's wire."""
+        part = self.request_body.pass_on(data)
+        if self.request_body.done:
+            self._client.ahead = self.request_body.rest
+        return part
 
-    def _read_head(self) -> Steps[bytes]:
-        # Is it of use?  A kept one that is still watched said nothing; a look at each cost 5 % of a request's CPU.
-        if not self._begun and not self.upstream.events and self.upstream.receive() is not None:
-            raise UpstreamError(502, "the upstream spoke before it was asked, or closed the connection")
-        if self._outgoing:
-            self._push()
-        self._watch()
-        while not self.upstream.ahead or not (found := _upstreams(split_head, self.upstream.ahead)):
-            yield self
+    def _push(self, data: bytes) -> None:
+        """Send to an upstream that may answer instead of reading on: to block in a write would miss that."""
+        try:
+            while data := data[self.upstream.send_now(data) :]:
+                deadline = time.monotonic() + self._settings.upstream_timeout
+                with self._client.guard.until(deadline, self.upstream, self._silent):
+                    ready([(self.upstream, READ | WRITE)], seconds=None)
+                if self._has_spoken():
+                    self._given_up = True
+                    return
+        except UpstreamError:
+            self._given_up = True  # likewise
+
+    def _has_spoken(self) -> bool:
+        """Whether the upstream has sent something, or ended.  It is readable for a TLS session ticket, too."""
+        data = self.upstream.receive_now()
+        self.upstream.ahead += data or b""
+        return data is not None
+
+    def _flush(self) -> None:
+        self._client.send(self._outgoing, self._settings.write_timeout, ClientLeft())
+        self._outgoing = b""
+
+    def _lend(self, relay: Relay) -> None:
+        """Let the relay bring the answer, as long as no waiting is needed."""
+        deadline = time.monotonic() + self._settings.upstream_timeout
+        self.upstream.sock.setblocking(False)
+        self._client.sock.setblocking(False)
+        with self._client.guard.until(deadline, self.upstream, self._silent):
+            _upstreams(relay.carry, self.upstream, self._move)
+
+    def _move(self) -> bool:
+        """In the relay's thread: bring what has arrived; False where the stream's own thread has to go on."""
+        data = self.upstream.receive_now()
+        if data:
+            self._outgoing = self._body.pass_on(data)
+            if not self._body.done:
+                self._outgoing = self._outgoing[self._client.send_now(self._outgoing) :]
+            self._client.guard.until(time.monotonic() + self._settings.upstream_timeout, self.upstream, self._silent)
+        return data != b"" and not self._outgoing  # the end is not sent here, see bring()
+
+    def _await_head(self) -> bytes:
+        while not (found := _upstreams(split_head, self.upstream.ahead)):
+            data = self._receive()
+            if not data:
+                raise UpstreamError(502, "the upstream closed the connection before it answered")
+            self.upstream.ahead += data
         head, self.upstream.ahead = found
         return head
 
-    def _pass_on(self, data: bytes | None) -> bool:
-        """Bring what has come to the client, in its framing; whether it now has the whole answer."""
-        if data is not None:
-            content = self._answer_body.whole_chunk(data) if self._chunked else b""
-            if not content:  # as seldom with tokens
-                content = _upstreams(self._answer_body.feed, data)
-                data = chunk(content) if self._chunked else content
-                if self._chunked and self._answer_body.done:
-                    data += last_chunk(self._answer_body.trailers)
-            self.received.add(content)
-            self._incoming += data
-            self._moved = self._taken = time.monotonic()
-        if self._incoming:
-            rest = self._client.send_some(self._incoming)
-            if rest and len(rest) < len(self._incoming):
-                self._taken = time.monotonic()
-            self._incoming = rest
-        return self._answer_body.done and not self._incoming
-
-    def _watch(self) -> None:
-        """See what to wait for now."""
-        up, down = (0, WRITE) if self._incoming else (READ, 0)  # the upstream waits for a slow client
-        events = up | (WRITE if self._outgoing else 0), down | (READ if self._hears() else GONE)
-        if events != self._events:
-            self._events = events
-            self.watched = (self.upstream, events[0]), (self._client, events[1])
-
-    def _hears(self) -> bool:
-        """Whether more from the client is welcome, of its request's body or of the next request."""
-        return not self._outgoing and (not self.request_body.done or len(self._client.ahead) < READ_AHEAD)
-
-    def _hear_client(self, events: int) -> None:
-        """The client did something: it sent some of its request's body or of its next request, or it left."""
-        data = self._client.receive() if self._hears() else b"" if events & ~(READ | WRITE) else None
-        if data == b"":
-            raise ClientLeft
-        if data and self.request_body.done:
-            self._client.ahead += data
-        elif data:
-            self._upload(data)
-
-    def _upload(self, data: bytes) -> None:
-        """Put bytes of the request's body into the upstream's framing."""
-        content = self.request_body.feed(data)
-        self.sent.add(content)
-        if self._request.framing == CHUNKED:
-            content = chunk(content)
-        if self.request_body.done:
-            self._client.ahead = self.request_body.rest
-            content += last_chunk(self.request_body.trailers) if self._request.framing == CHUNKED else b""
-        self._outgoing += b"" if self._refused else content
-        self._progress += len(data)
-        self._moved = time.monotonic()
-        if self._progress >= MIN_PROGRESS:
-            self._progress, self._patience = 0, self._moved + self._settings.body_timeout
-
-    def _push(self) -> None:
-        """Send what is due.  An upstream that takes no more may still have an answer for us."""
-        try:
-            rest = self.upstream.send_some(self._outgoing)
-        except UpstreamError:
-            if not self._begun:
-                raise
-            rest, self._refused = b"", True
-        if len(rest) < len(self._outgoing):
-            now = time.monotonic()
-            self._patience += now - self._moved  # while we waited for the upstream, the client could not send
-            self._outgoing, self._begun, self._moved = rest, True, now
+    def _receive(self) -> bytes:
+        return self.upstream.receive(time.monotonic() + self._settings.upstream_timeout, self._silent)
 
 
 def _upstreams(rule: Callable[..., T], *arguments: Any) -> T:
-    """Apply a rule to what the upstream sent: it is the same for both directions; whose fault a breach is, is not."""
+    """Run a parser on the upstream's bytes; its ClientError becomes a 502."""
     try:
         return rule(*arguments)
     except ClientError as error:
@@ -1589,142 +1549,186 @@ class Gateway(NamedTuple):
     keys: Watched[Keys]
     log: LogFile
     pool: Pool
-    selector: Selector
+    relay: Relay | None
+    watchman: Watchman
     report: Callable[[str], None]
+    report_seldom: Callable[[str], None]  # for what a client can cause as often as it likes
 
 
-class Handler:
+class Handler(socketserver.BaseRequestHandler):
     """One client's connection: a request after the other, and a line in the log for each."""
 
-    def __init__(self, gateway: Gateway, wire: Wire, address: Any) -> None:
-        self.gateway, self.settings, self.wire = gateway, gateway.settings, wire
-        self.peer = address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
+    def __init__(self, gateway: Gateway, request: Any, client_address: Any, server: Any) -> None:
+        self.gateway, self.settings = gateway, gateway.settings
+        self.peer = client_address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
+        self.wire = Wire(request, ClientLeft)
+        self.unread = False  # whether the client may still be sending a request that has been answered
+        super().__init__(request, client_address, server)  # which calls setup(), handle() and finish()
 
-    def handle(self) -> Steps[None]:
-        """Serve requests until the connection can carry no more."""
-        self.unread = False  # whether the client may still be sending a request that we have answered
-        patience = self.settings.header_timeout
-        while (yield from self._await_request(patience)) and (yield from self._one_request()):
-            patience = self.settings.idle_timeout
+    def setup(self) -> None:
+        """Let the watchman look at this connection."""
+        with self.gateway.watchman.lock:
+            self.gateway.watchman.guards.add(self.wire.guard)
+
+    def handle(self) -> None:
+        """The life of a connection."""
+        if self._shake_hands():
+            seconds = self.settings.header_timeout
+            while self._await_request(seconds) and self._one_request():
+                seconds = self.settings.idle_timeout
         if self.unread:
-            yield from self.wire.linger()
+            self.wire.linger()
+
+    def finish(self) -> None:
+        """Close it."""
+        with self.gateway.watchman.lock:
+            self.gateway.watchman.guards.remove(self.wire.guard)
         self.wire.close()
 
-    def _await_request(self, seconds: float) -> Steps[bool]:
+    def _shake_hands(self) -> bool:
+        """Whether TLS is set up.  Clients that connect and leave, as browsers and health checks do, are no news."""
+        try:
+            with self.wire.guard.until(time.monotonic() + self.settings.handshake_timeout, self.wire, Silence()):
+                self.request.do_handshake()
+            return True
+        except ssl.SSLError as error:
+            if error.reason == "HTTP_REQUEST":
+                self._answer_plain_http()
+            elif not isinstance(error, ssl.SSLEOFError):
+                hint = f"clients must trust {self.settings.cert} and speak TLS 1.2 or 1.3"
+                self.gateway.report_seldom(f"a TLS handshake with {self.peer} failed: {error.reason}; {hint}")
+        except OSError:
+            pass
+        return False
+
+    def _answer_plain_http(self) -> None:
+        """The client sent http:// to this port.  Its request is unreadable by now, so only the answer is logged."""
+        record = {**new_record(self.peer), "status": 400}
+        append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), record, 0))
+        answer = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\nThis port speaks https.\n"
+        socket.socket.send(self.request, answer)  # below TLS
+        self.unread = True
+
+    def _await_request(self, seconds: float) -> bool:
         """Wait for the first byte of a request.  Silence is no request, and neither are empty lines."""
         wire, deadline = self.wire, time.monotonic() + seconds
-        with contextlib.suppress(ClientLeft, TimeoutError):
-            while not self.gateway.selector.stopping and not self._log_is_full():
+        with contextlib.suppress(ClientLeft, Silence):
+            while not self.gateway.watchman.stopping and is_writable(self.gateway.log, tolerated=MAX_KEPT_LINES):
                 if wire.ahead.startswith(b"\r\n"):  # RFC 9112, 2.2
                     wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # all at once, for there may be many
                 if wire.ahead not in (b"", b"\r"):
                     return True
-                data = yield from wire.receive_until(deadline, idle=True)
+                data = wire.receive(deadline, Silence())
                 if not data:
                     break
                 wire.ahead += data
         return False
 
-    def _log_is_full(self) -> bool:
-        return not is_writable(self.gateway.log, tolerated=MAX_KEPT_LINES)
-
-    def _one_request(self) -> Steps[bool]:
-        """Answer one request and log it; True if the connection can carry another."""
+    def _one_request(self) -> bool:
+        """The life of a request; True if the connection can carry another."""
         self.began, began = datetime.now(timezone.utc), time.monotonic()
         self.record = new_record(self.peer)
         self.unread = True
         self.answering = False  # whether a head went out, after which there can be no other
         self.cors: list[bytes] = []
         try:
-            return (yield from self._serve())
+            request = self._read_request()
+            if self._is_allowed_preflight(request):
+                self._answer(204, preflight_lines(request))
+                return False
+            self._admit(request)
+            return self._forward(request)
         except Refusal as refusal:
-            yield from self._refuse(refusal)
+            self._refuse(refusal)
         except ClientLeft:
             self.record["status"] = 499
             self.wire.abort()
-        except OSError:  # see Selector: what peers do is none
-            yield from self._refuse(Refusal(503, "the gateway is short of threads or memory; try again"))
+        except Exception as error:  # a fault of our own, or a lack of memory: it costs this connection, and is told
+            self.gateway.report(fault(error))
+            self._refuse(Refusal(500, "the gateway failed; its log on the terminal says where"))
         finally:
             append_line(self.gateway.log, audit_line(self.began, self.record, time.monotonic() - began))
         return False
 
-    def _serve(self) -> Steps[bool]:
-        request = yield from self._read_request()
+    def _read_request(self) -> Request:
+        """Read a request's head.  Raises ClientError, ClientLeft."""
+        wire, deadline = self.wire, time.monotonic() + self.settings.header_timeout
+        try:
+            while not (found := split_head(wire.ahead)):
+                data = wire.receive(deadline, ClientError(408, "the request's head came too slowly"))
+                if not data:
+                    raise ClientLeft
+                wire.ahead += data
+            request = parse_request(found[0])
+        except (ClientError, ClientLeft):
+            self.record["method"], self.record["path"] = requested(wire.ahead)
+            raise
+        self.record["method"], self.record["path"] = logged(request.method), logged(request.target.partition(b"?")[0])
+        wire.ahead = found[1]
+        return request
+
+    def _is_allowed_preflight(self, request: Request) -> bool:
+        """Note the request's origin, if it is one that may use the gateway, and tell whether it is a preflight."""
         origin = request.fields.get(b"origin", b"")
-        if origin and origin.decode("latin-1") in self.settings.cors_origin:
-            self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
-            if is_preflight(request):
-                yield from self._answer(204, preflight_lines(request))
-                return False
+        if not (origin and origin.decode("latin-1") in self.settings.cors_origin):
+            return False
+        self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
+        return is_preflight(request)
+
+    def _admit(self, request: Request) -> None:
+        """Check the key, and that what follows can be logged.  Raises ClientError 403 or 503."""
         key = find_key(self.gateway.keys.value, presented_keys(request.fields), self.began.date())
         if not key:
             raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY")
         self.record["key"] = key.name
         if not is_writable(self.gateway.log):
             raise ClientError(503, "the audit log cannot be written; until it can, nothing is forwarded")
-        return (yield from self._forward(request))
 
-    def _read_request(self) -> Steps[Request]:
-        wire, deadline = self.wire, time.monotonic() + self.settings.header_timeout
-        try:
-            while not (found := split_head(wire.ahead)):
-                data = yield from wire.receive_until(deadline)
-                if not data:
-                    raise ClientLeft
-                wire.ahead += data
-            request = parse_request(found[0])
-        except (ClientError, ClientLeft, TimeoutError) as error:
-            self.record["method"], self.record["path"] = requested(wire.ahead)
-            if isinstance(error, TimeoutError):
-                raise ClientError(408, "the request's head came too slowly") from None
-            raise
-        self.record["method"], self.record["path"] = logged(request.method), logged(request.target.partition(b"?")[0])
-        wire.ahead = found[1]
-        return request
-
-    def _forward(self, request: Request) -> Steps[bool]:
-        """Send the request on and its answer back; True if the connection can carry another."""
+    def _forward(self, request: Request) -> bool:
+        """Send the request on and bring the answer; True if the connection can carry another request."""
+        gateway, content_type = self.gateway, b""
         without = b"origin" if self.cors else b""  # Ollama would refuse it
         head = forwarded_head(request, self.settings.upstream, self.peer, without)
-        exchange = Exchange(self.gateway.pool, self.wire, request, head, self.settings)
-        yield from exchange.connect()
-        content_type = b""
+        exchange = Exchange(gateway.pool, gateway.relay, self.wire, request, self.settings)
         try:
+            exchange.begin(head)
             expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
             if expects and not exchange.request_body.done:
-                yield from self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             for _ in range(MAX_INTERIM):
-                answer = yield from exchange.read_head()
+                exchange.upload()
+                answer = exchange.read_head()
                 if answer.status >= 200:
-                    self.record["status"] = answer.status
                     content_type = answer.fields.get(b"content-type", b"")
-                    return (yield from self._relay(request, exchange, answer))
+                    return self._bring(request, exchange, answer)
                 if answer.status > 100 and request.version == b"1.1":  # nobody asked the upstream for a 100
-                    yield from self._send(answer_head(answer, self.settings.upstream))
+                    self._send(answer_head(answer, self.settings.upstream))
             raise UpstreamError(502, "the upstream sends interim answers without end")
         finally:
-            exchange.close()
+            exchange.end()
             self.record["model"] = model_name(exchange.sent)
             counts = token_counts(content_type, exchange.received)
             self.record["prompt_tokens"], self.record["response_tokens"] = counts
 
-    def _relay(self, request: Request, exchange: Exchange, answer: Answer) -> Steps[bool]:
+    def _bring(self, request: Request, exchange: Exchange, answer: Answer) -> bool:
+        """Bring the answer to the client; True if the connection can carry another request."""
+        self.record["status"] = answer.status
         chunked = answer.framing < 0 and request.version == b"1.1"
-        keep = keeps_alive(request) and not self.gateway.selector.stopping
+        keep = keeps_alive(request) and exchange.request_body.done and not self.gateway.watchman.stopping
         added = [*self.cors, *[b"Transfer-Encoding: chunked"] * chunked, *[b"Connection: close"] * (not keep)]
         without = b"access-control-allow-origin" if self.cors else b""
         head = answer_head(answer, self.settings.upstream, added, without)
         self.answering = True
         try:
-            yield from exchange.relay(answer, head, chunked)
+            exchange.bring(answer, head, chunked)
         except ClientLeft:
             if has_said_all(exchange.received):
                 return False  # and the status stays what it was
             raise
         self.unread = bool(self.wire.ahead) or not exchange.request_body.done
-        return keep and exchange.request_body.done
+        return keep
 
-    def _refuse(self, refusal: Refusal) -> Steps[None]:
+    def _refuse(self, refusal: Refusal) -> None:
         """Answer with an error; what is half answered is broken off, for it must not look whole."""
         self.record["status"] = refusal.status
         if self.answering:
@@ -1732,26 +1736,26 @@ class Handler:
             return
         body = error_body(self.record["path"] or "", refusal.status, str(refusal))
         lines = [b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
-        yield from self._answer(refusal.status, lines, b"" if self.record["method"] == "HEAD" else body)
+        self._answer(refusal.status, lines, b"" if self.record["method"] == "HEAD" else body)
 
-    def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> Steps[None]:
+    def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> None:
         """Answer in the gateway's own name, which always ends the connection."""
         self.record["status"] = status
         first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
         with contextlib.suppress(ClientLeft):
-            yield from self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
+            self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
 
-    def _send(self, data: bytes) -> Steps[None]:
-        return self.wire.send(data, self.settings.write_timeout)
+    def _send(self, data: bytes) -> None:
+        self.wire.send(data, self.settings.write_timeout, ClientLeft())
 
 
 # --- Server ---
-# Connections: one thread accepts them, then each goes its own steps, from the handshake on, so that a silent
-# client delays nobody.  --max-connections of them at a time; the others wait.
+# Connections: each has a thread of its own from the handshake on, so that a silent client delays nobody.  At most
+# --max-connections at a time; the others wait.
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts, encrypts, counts and drains connections, which need no threads of their own: see Selector."""
+    """Accepts, encrypts, counts and drains connections."""
 
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port
     request_queue_size = 1024
@@ -1760,11 +1764,10 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext]) -> None:
         self.gateway, self.context = gateway, context
         self.slots = threading.BoundedSemaphore(gateway.settings.max_connections)
-        self.wires: dict[Wire, None] = {}
         host, port = gateway.settings.listen
         host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")  # noqa: S104 - what --listen says
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)  # type: ignore[arg-type] # it is no BaseRequestHandler: it never blocks
+        super().__init__((host, port), functools.partial(Handler, gateway))
 
     def server_bind(self) -> None:
         """Bind, without asking the name service for our name as HTTPServer does."""
@@ -1782,54 +1785,46 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Have the connection served, once there is a place for it."""
+        """Give the connection a thread, once there is a place for it."""
         while not self.slots.acquire(timeout=TICK):
-            if self.gateway.selector.stopping:
-                return self.close_request(request)
-        return self.gateway.selector.begin(self._converse(request, client_address))
-
-    def _converse(self, request: socket.socket, client_address: Any) -> Steps[None]:
+            if self.gateway.watchman.stopping:
+                self.close_request(request)
+                return
         try:
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens wait for 40 ms
-            tls = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-            wire = Wire(tls, ClientLeft)
-            self.wires[wire] = None
-            try:
-                yield from wire.shake_hands(time.monotonic() + self.gateway.settings.handshake_timeout)
-                yield from Handler(self.gateway, wire, client_address).handle()
-            except Exception:
-                wire.abort()
-                raise
-            finally:
-                del self.wires[wire]
-        except Exception:
-            self.handle_error(request, client_address)
-        finally:
-            request.close()
+            # Not by threading.Thread, whose start() waits for the thread to begin: a tenth of a new connection's CPU.
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        except RuntimeError:
             self.slots.release()
+            self.gateway.report_seldom("cannot start a thread for a connection; raise the system's limit, or lower --max-connections")
+            self.close_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """The life of a connection's thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.slots.release()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Have the connection handled, over TLS."""
+        with TURN or contextlib.nullcontext():
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
+            tls = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+            super().finish_request(tls, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What clients do to connections is no news.  A fault of ours is, in one line."""
         error = sys.exc_info()[1]
         if error and not isinstance(error, OSError):
-            where = error.__traceback__
-            while where and where.tb_next:
-                where = where.tb_next
-            line = where.tb_lineno if where else 0
-            self.gateway.report(f"internal error: {type(error).__name__} in line {line} of the gateway")
+            self.gateway.report(fault(error))
 
     def drain(self, grace: float) -> None:
         """Let running requests finish for `grace` seconds; then break them off, so that they are logged."""
         for seconds in (grace, 2.0):
             deadline = time.monotonic() + seconds
-            while self.wires and time.monotonic() < deadline:
+            while self.gateway.watchman.guards and time.monotonic() < deadline:
                 time.sleep(0.02)
-            self.interrupt()
-
-    def interrupt(self) -> None:
-        """Break all connections off."""
-        for wire in list(self.wires):
-            wire.interrupt()
+            self.gateway.watchman.end_all()
 
 
 # --- Demo ---
@@ -1971,8 +1966,8 @@ def serve(settings: Settings) -> int:
     if not keys.value:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
-    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), Selector(), say)
-    gateway.selector.begin(gateway.pool.prune())
+    relay = Relay() if hasattr(select, "epoll") else None
+    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), relay, Watchman(), say, seldom(say))
     try:
         server = Server(gateway, context)
     except OSError as error:
@@ -1980,8 +1975,9 @@ def serve(settings: Settings) -> int:
         return 1
     stop_on_signals(server)
     announce(settings, keys.value, server.server_address[1], fresh)
-    threading.Thread(target=server.serve_forever, args=(TICK,), daemon=True).start()
-    while not gateway.selector.stopping:
+    for run in (functools.partial(server.serve_forever, TICK), gateway.watchman.run, *([relay.run] if relay else [])):
+        threading.Thread(target=vital, args=(run, server), daemon=True).start()
+    while not gateway.watchman.stopping:
         keep_house(gateway, context)
         time.sleep(TICK)
     server.shutdown()
@@ -1999,17 +1995,31 @@ def keep_house(gateway: Gateway, context: Watched[ssl.SSLContext]) -> None:
     for news in (gateway.keys.refresh(), context.refresh(), log_news(gateway.log)):
         if news:
             say(news)
+    gateway.pool.prune()
+
+
+def vital(run: Callable[[], None], server: Server) -> None:
+    """Run what all connections depend on.  If it fails, the process ends, so that it can be started anew."""
+    try:
+        run()
+    except Exception as error:  # whatever it is, nobody else would tell
+        say(fault(error))
+        abandon(server)
+
+
+def abandon(server: Server) -> None:
+    """End the process soon, with exit 1; by then what this breaks off is logged."""
+    server.gateway.watchman.end_all()
+    threading.Timer(0.2, os._exit, (1,)).start()
 
 
 def stop_on_signals(server: Server) -> None:
     """SIGINT and SIGTERM stop gently, the second at once.  SIGHUP is heard: files are watched anyway."""
 
     def stop(*_: Any) -> None:
-        if server.gateway.selector.stopping:
-            server.interrupt()
-            threading.Timer(0.2, os._exit, (1,)).start()  # by then what was broken off is logged
-            return
-        server.gateway.selector.stopping = True
+        if server.gateway.watchman.stopping:
+            abandon(server)
+        server.gateway.watchman.stopping = True
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
@@ -2076,6 +2086,20 @@ def say(text: str) -> None:
             if not takes_a_line(2, patience=1):
                 return
             print(line, file=sys.stderr, flush=True)
+
+
+def seldom(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """The same, for what may happen often: at most once a minute."""
+    lock, due = threading.Lock(), [-math.inf]
+
+    def tell_if_due(text: str) -> None:
+        with lock:
+            if time.monotonic() < due[0]:
+                return
+            due[0] = time.monotonic() + 60
+        tell(text)
+
+    return tell_if_due
 
 
 def host_port(text: str) -> tuple[str, int]:
