@@ -11,6 +11,7 @@ import base64
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +38,7 @@ import gateway
 
 resource = pytest.importorskip("resource", reason="these tests start and stop the gateway as Unix does")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at the gateway's process, or limits it, from outside")
+measures = pytest.mark.xdist_group("measures")  # CPU, memory or time, which others that measure would disturb
 HERE = Path(__file__).parent
 RECORDED = HERE / ".ci" / "ollama"
 KEY = "ztg_test-key-of-alice-0123456789"
@@ -49,10 +52,10 @@ T = TypeVar("T")
 
 
 def eventually(look: Callable[[], T], seconds: float = PATIENCE) -> T:
-    """The first true value of look(); fails when there is none in time."""
+    """The first true value of look(); where there is none in time, the failure shows the code that was waited for."""
     deadline = time.monotonic() + seconds
     while not (value := look()):
-        assert time.monotonic() < deadline, f"not within {seconds} seconds: {look}"
+        assert time.monotonic() < deadline, f"not within {seconds} seconds:\n{textwrap.dedent(inspect.getsource(look))}"
         time.sleep(0.01)
     return value
 
@@ -87,10 +90,13 @@ class Reader:
         return line + end
 
     def read(self, size: int) -> bytes:
-        while len(self.buffer) < size and self.more():
-            pass
-        content, self.buffer = self.buffer[:size], self.buffer[size:]
-        return content
+        pieces, missing = [self.buffer], size - len(self.buffer)
+        while missing > 0 and (data := self.sock.recv(65536)):  # joined once: megabytes of += would take seconds
+            pieces.append(data)
+            missing -= len(data)
+        content = b"".join(pieces)
+        self.buffer = content[size:]
+        return content[:size]
 
     def rest(self) -> bytes:
         """All that comes until the end."""
@@ -245,7 +251,12 @@ class RunningGateway:
         environment = {**{k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}, **(env or {})}
         self.process = subprocess.Popen([python, str(program), *self.flags], cwd=folder, stderr=self.errors,
                                         env=environment, **popen)
-        eventually(lambda: self.process.poll() is not None or self.said("Try "))
+        with contextlib.suppress(AssertionError):  # what it said is more telling than what was waited for
+            eventually(lambda: self.process.poll() is not None or self.said("Try "))
+        if self.process.poll() is not None or not self.said("Try "):
+            self.process.kill()
+            self.errors.close()
+            pytest.fail(f"the gateway did not start, exit status {self.process.wait()}; it said:\n{self.stderr}")
         self.port = int(self.said(r"listening on \S*:(\d+)")[1])
 
     def said(self, pattern: str) -> Any:
@@ -583,7 +594,10 @@ def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, mo
     ["--grace", "0"], ["--grace", "-1"], ["--grace", "nan"], ["--grace", "1e3"], ["--cors-origin", "https://x/"],
     ["--cors-origin", "*"], ["--name", ""], ["--name", "\u00e9.example"], ["--name", "a,b"], ["--keys"],
 ], ids=" ".join)  # fmt: skip
-def test_a_wrong_argument_is_one_line_and_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_argument_is_one_line_and_exit_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "serve", lambda _: 0)  # what is wrongly taken must not start a gateway here
     assert gateway.main(arguments) == 2
     assert re.fullmatch(r"[-0-9]+ [:0-9]+ gateway: .+\n", capsys.readouterr().err)
 
@@ -631,8 +645,11 @@ def test_a_broken_start_is_one_line_and_overwrites_nothing(
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_a_place_where_nothing_can_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gateway.main(["--keys", str(tmp_path / "missing" / "keys.txt")]) == 2
+def test_a_place_where_nothing_can_be_made_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert gateway.main(["--keys", "missing/keys.txt", "--listen", "127.0.0.1:0"]) == 2
     assert re.fullmatch(".*gateway: cannot make .*keys.txt: .*a directory that you may write to.*\n", capsys.readouterr().err)
 
 
@@ -737,6 +754,7 @@ def test_a_key_file_that_goes_wrong_leaves_the_last_good_one(start: Callable[...
     eventually(lambda: gate.ask(key="new-key").status == 200, seconds=1.0)
 
 
+@measures
 def test_ten_thousand_keys_cost_nothing_noticeable(tmp_path: Path) -> None:
     """Against ten: a lookup is one dictionary access, whatever the number."""
     def seconds_for(number: int) -> float:
@@ -1781,6 +1799,7 @@ def test_every_stream_gets_its_own_tokens_and_no_other(anywhere: RunningGateway,
     assert {line["status"] for line in anywhere.log(40)} == {200}
 
 
+@measures
 @linux
 def test_an_upstream_next_door_that_has_no_room_holds_up_nobody(start: Callable[..., RunningGateway]) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ThreadPoolExecutor() as clients:
@@ -1801,6 +1820,7 @@ def test_an_upstream_next_door_that_has_no_room_holds_up_nobody(start: Callable[
         crowd.close()
 
 
+@measures
 def test_a_client_that_reads_slowly_gets_all_and_holds_up_nobody(anywhere: RunningGateway, upstream: FakeUpstream) -> None:
     large = bytes(range(256)) * 80_000  # more than all buffers on its way hold
 
@@ -1965,6 +1985,7 @@ def cpu_seconds(gate: RunningGateway) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@measures
 @linux
 def test_idle_streams_cost_nothing(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
     done = threading.Event()
@@ -2145,6 +2166,7 @@ def without_reading(gate: RunningGateway) -> socket.socket:
     return sock
 
 
+@measures
 @pytest.mark.parametrize("slow", [silent, after_the_handshake, in_the_head, in_the_body, without_reading])
 def test_slow_clients_delay_nobody_and_are_dropped(
     start: Callable[..., RunningGateway], upstream: FakeUpstream, slow: Callable[[RunningGateway], socket.socket]
@@ -2181,6 +2203,7 @@ def test_empty_lines_do_not_hold_a_connection(gate: RunningGateway) -> None:
     assert time.monotonic() - began < 4
 
 
+@measures
 @linux
 def test_empty_lines_cost_no_time(start: Callable[..., RunningGateway]) -> None:
     """Before a key is seen, megabytes of them must not keep the gateway from its work."""
@@ -2193,6 +2216,7 @@ def test_empty_lines_cost_no_time(start: Callable[..., RunningGateway]) -> None:
     assert cpu_seconds(gate) - before < 0.5
 
 
+@measures
 @pytest.mark.parametrize(("value", "status"), [(" " * 30_000 + "\x01", 400), ("x" + " " * 30_000 + "x", 200)])
 def test_blanks_cost_no_time(gate: RunningGateway, upstream: FakeUpstream, value: str, status: int) -> None:
     began = time.monotonic()
@@ -2212,6 +2236,7 @@ def test_connections_beyond_the_limit_wait(start: Callable[..., RunningGateway])
     second.close()
 
 
+@measures
 @linux
 def test_without_descriptors_it_pauses_and_recovers(start: Callable[..., RunningGateway]) -> None:
     gate = start()
@@ -2233,6 +2258,7 @@ def memory(gate: RunningGateway) -> int:
     return int(Path(f"/proc/{gate.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@measures
 @linux
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_512_mb_take_a_few_mb_of_memory(start: Callable[..., RunningGateway], upstream: FakeUpstream, direction: str) -> None:
@@ -2256,6 +2282,7 @@ def test_512_mb_take_a_few_mb_of_memory(start: Callable[..., RunningGateway], up
     assert memory(gate) - before < 8_000_000
 
 
+@measures
 @linux
 def test_thousands_of_requests_leave_nothing_behind(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
     gate = start()
@@ -2394,6 +2421,7 @@ def test_the_demo_answers_the_rest_of_its_api(start: Callable[..., RunningGatewa
     assert gate.lines()[9]["response_tokens"] == gate.lines()[3]["response_tokens"] == len(gateway.DEMO_TEXT.split())
 
 
+@measures
 @linux
 def test_a_large_question_takes_no_memory_in_the_demo(start: Callable[..., RunningGateway]) -> None:
     gate = start("--demo")
@@ -2404,6 +2432,15 @@ def test_a_large_question_takes_no_memory_in_the_demo(start: Callable[..., Runni
 
 
 # --- Around it ---
+
+
+def test_a_failure_says_what_was_waited_for_and_what_the_gateway_said(
+    start: Callable[..., RunningGateway], tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match=r"tmp_path\.exists"):
+        eventually(lambda: not tmp_path.exists(), seconds=0)
+    with pytest.raises(pytest.fail.Exception, match=r"exit status 2; it said:\n.*--nonsense"):
+        start("--nonsense")
 
 
 def test_the_zipapp_is_small_reproducible_and_keeps_exit_statuses(tmp_path: Path) -> None:
@@ -2457,6 +2494,7 @@ def llama() -> Iterator[str]:
 
 
 @pytest.mark.real
+@pytest.mark.xdist_group("real")  # one model server is enough
 def test_real_clients_talk_to_a_real_model(llama: str, start: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch) -> None:
     """The openai and anthropic packages, streaming and not, with the one key that they send."""
     openai, anthropic = pytest.importorskip("openai"), pytest.importorskip("anthropic")
@@ -2495,6 +2533,7 @@ def test_real_clients_talk_to_a_real_model(llama: str, start: Callable[..., Runn
 
 
 @pytest.mark.real
+@pytest.mark.xdist_group("real")  # one model server is enough
 def test_leaving_a_real_model_stops_it(llama: str, start: Callable[..., RunningGateway]) -> None:
     gate = start("--upstream", llama)
     body = json.dumps({"model": "smollm2", "stream": True, "max_tokens": 2000, "ignore_eos": True,
