@@ -1828,33 +1828,44 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # --- Demo ---
-# What answers behind --demo: no model, but Ollama's shapes, at a reading pace.
+# The upstream of --demo: it answers in Ollama's formats, as fast as one reads, without a model.
 
+DEMO_MODEL: Final = "demo:latest"
 DEMO_TEXT: Final = (
     "This is the gateway's built-in demo, not a model: it tells everybody the same."
     " The rest is real: TLS, your key, a stream, and a line in the audit log."
 )
-DEMO_PACE: Final = 0.03  # seconds a word
-DEMO_KEPT: Final = 256 * 1024  # bytes of a question that are looked at
+DEMO_WORDS: Final = re.findall(r"\S+\s*", DEMO_TEXT)
+DEMO_PACE: Final = 0.03  # seconds per word
+DEMO_KEPT: Final = 256 * 1024  # bytes of a request's body that are kept; a longer body counts as empty
 
 
 class DemoUpstream(http.server.BaseHTTPRequestHandler):
-    """Stands in for Ollama: /api/chat, /api/generate, /api/tags, /api/version, /v1/chat/completions."""
+    """Stands in for Ollama: /api/{chat,generate,tags,version}, /v1/chat/completions and /v1/models."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing; the audit log does."""
+        """Stay silent, since the audit log has a line for each request."""
+
+    def version_string(self) -> str:
+        """Name the demo in the Server header, where the base class would tell Python's version."""
+        return f"gateway-demo/{__version__}"
 
     def do_GET(self) -> None:
-        """What is here."""
-        models = [{"name": "demo:latest", "model": "demo:latest", "size": 0, "digest": "", "details": {}}]
-        known = {"/api/version": {"version": f"{__version__}-demo"}, "/api/tags": {"models": models}}
-        self._answer("application/json", [demo_line(known[self.path])] if self.path in known else [])
+        """Answer with the version or the list of models, which programs ask for first."""
+        model = {"name": DEMO_MODEL, "model": DEMO_MODEL, "size": 0, "digest": "", "details": {}}
+        openai_model = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "demo"}
+        known: dict[str, dict[str, Any]] = {
+            "/api/version": {"version": f"{__version__}-demo"},
+            "/api/tags": {"models": [model]},
+            "/v1/models": {"object": "list", "data": [openai_model]},
+        }
+        self._answer("application/json", [demo_line(known[self.path])] if self.path in known else None)
 
     def do_POST(self) -> None:
-        """The canned answer in the shape of the API that was asked, streamed or not."""
+        """Answer with the canned text in the format of the API that was asked, streamed or not."""
         fields = parse_fields("\r\n".join(f"{name}:{value}" for name, value in self.headers.items()).encode("latin-1"))
         body, content = BodyReader(body_framing(fields, b"1.1", 0)), b""
         while not body.done and (data := self.rfile.read1(READ_SIZE)):
@@ -1865,72 +1876,72 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         elif self.path in ("/api/chat", "/api/generate"):
             self._answer("application/x-ndjson", demo_ollama(asked, chat=self.path == "/api/chat"))
         else:
-            self._answer("application/json", [])
+            self._answer("application/json", None)
 
-    def _answer(self, content_type: str, pieces: list[bytes]) -> None:
+    def _answer(self, content_type: str, pieces: Iterable[bytes] | None) -> None:
+        """Send the pieces at a reading pace, each made only when its turn has come; None is a 404."""
         self.send_response(200 if pieces else 404)
         self.send_header("Content-Type", content_type)
         self.send_header("Transfer-Encoding", "chunked")
         self.send_header("Connection", "close")  # so that nothing unread can pass for a request
         self.end_headers()
-        with contextlib.suppress(OSError):  # whoever asked has left
+        with contextlib.suppress(OSError):  # the client has left
             for piece in pieces or [demo_line({"error": "this is not in the demo"})]:
                 self.wfile.write(chunk(piece))
-                time.sleep(DEMO_PACE if len(pieces) > 1 else 0)
+                time.sleep(DEMO_PACE)
             self.wfile.write(last_chunk(NO_FIELDS))
 
 
-def demo_ollama(asked: dict[str, Any], chat: bool) -> list[bytes]:
-    """What /api/chat and /api/generate say, piece by piece."""
+def demo_ollama(asked: dict[str, Any], chat: bool) -> Iterator[bytes]:
+    """The answer of /api/chat and /api/generate, piece by piece."""
 
     def said(text: str, **more: Any) -> bytes:
         now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
         answer = {"message": {"role": "assistant", "content": text}} if chat else {"response": text}
         return demo_line({"model": asked["model"], "created_at": now, **answer, "done": bool(more), **more})
 
-    words = re.findall(r"\S+\s*", DEMO_TEXT)
-    end = {"done_reason": "stop", "prompt_eval_count": demo_prompt_tokens(asked), "eval_count": len(words)}
-    return [*map(said, words), said("", **end)] if asked["stream"] else [said(DEMO_TEXT, **end)]
+    if asked["stream"]:
+        yield from map(said, DEMO_WORDS)
+    end = {"done_reason": "stop", "prompt_eval_count": demo_prompt_tokens(asked), "eval_count": len(DEMO_WORDS)}
+    yield said("" if asked["stream"] else DEMO_TEXT, **end)
 
 
 def demo_openai(asked: dict[str, Any]) -> list[bytes]:
-    """What /v1/chat/completions says, piece by piece."""
+    """The answer of /v1/chat/completions, piece by piece."""
+    kind = "chat.completion.chunk" if asked["stream"] else "chat.completion"
+    head = {"id": "demo", "object": kind, "created": int(time.time()), "model": asked["model"]}
+    prompt, response = demo_prompt_tokens(asked), len(DEMO_WORDS)
+    usage = {"prompt_tokens": prompt, "completion_tokens": response, "total_tokens": prompt + response}
 
-    def said(choices: list[dict[str, Any]], **more: Any) -> bytes:
-        kind = "chat.completion.chunk" if asked["stream"] else "chat.completion"
-        head = {"id": "demo", "object": kind, "created": 0, "model": asked["model"]}
+    def said(part: dict[str, Any] | None, reason: str | None = None, **more: Any) -> bytes:
+        choices = [{"index": 0, **part, "finish_reason": reason}] if part else []
         return demo_line({**head, "choices": choices, **more})
 
-    words, prompt = re.findall(r"\S+\s*", DEMO_TEXT), demo_prompt_tokens(asked)
-    usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
     if not asked["stream"]:
-        message = {"role": "assistant", "content": DEMO_TEXT}
-        return [said([{"index": 0, "message": message, "finish_reason": "stop"}], usage=usage)]
-    deltas = [{"role": "assistant", "content": word} for word in words]
-    events = [said([{"index": 0, "delta": delta, "finish_reason": None}]) for delta in deltas]
-    events.append(said([{"index": 0, "delta": {}, "finish_reason": "stop"}]))
+        return [said({"message": {"role": "assistant", "content": DEMO_TEXT}}, "stop", usage=usage)]
+    events = [said({"delta": {"role": "assistant", "content": word}}) for word in DEMO_WORDS]
+    events.append(said({"delta": {}}, "stop"))
     if asked.get("stream_options") == {"include_usage": True}:
-        events.append(said([], usage=usage))
+        events.append(said(None, usage=usage))
     return [b"data: " + event + b"\n" for event in [*events, b"[DONE]\n"]]
 
 
 def demo_prompt_tokens(asked: dict[str, Any]) -> int:
-    """How many words the question has."""
+    """The number of words in the question, for want of a tokenizer."""
     return len(re.findall(rb"\w+", demo_line(asked.get("prompt") or asked.get("messages") or "")))
 
 
 def demo_line(value: Any) -> bytes:
-    """A line of JSON."""
+    """The value as a line of JSON."""
     return json.dumps(value).encode() + b"\n"
 
 
 def start_demo() -> Upstream:
-    """Serve the demo on a free port of the loopback interface; returns where."""
+    """Serve the demo on a free port of the loopback interface, and return its address."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoUpstream)
-    server.handle_error = lambda *_: None  # type: ignore[method-assign] # who leaves early is no news
+    server.handle_error = lambda *_: None  # type: ignore[method-assign] # a client that leaves early is no error
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    port = server.server_address[1]
-    return Upstream(False, "127.0.0.1", port, f"127.0.0.1:{port}", "")
+    return Upstream(False, "127.0.0.1", server.server_port, f"127.0.0.1:{server.server_port}", "")
 
 
 # --- Command line ---

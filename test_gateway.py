@@ -2406,6 +2406,9 @@ def test_recorded_answers_are_understood_by_the_ollama_client(
 def test_the_demo_answers_the_rest_of_its_api(start: Callable[..., RunningGateway]) -> None:
     gate = start("--demo")
     assert json.loads(gate.ask("/api/version", method="GET").body)["version"].endswith("-demo")
+    models = json.loads(gate.ask("/v1/models", method="GET").body)
+    assert (models["object"], [model["id"] for model in models["data"]]) == ("list", ["demo:latest"])
+    assert gate.ask("/api/version", method="GET").values("server") == [f"gateway-demo/{gateway.__version__}"]
     assert gate.ask("/api/embed", b"{}").status == 404
     assert gate.ask("/api/nothing", method="GET").status == 404
     body = b'{"model":"demo","stream":true,"stream_options":{"include_usage":true},"messages":[{"content":"one two"}]}'
@@ -2417,8 +2420,16 @@ def test_the_demo_answers_the_rest_of_its_api(start: Callable[..., RunningGatewa
     assert json.loads(chunked.body)["response"] == gateway.DEMO_TEXT
     smuggled = b"GET /api/version HTTP/1.1\r\nHost: a\r\n\r\n"
     assert [b"models" in gate.ask("/api/tags", smuggled, method="GET").body for _ in range(3)] == [True] * 3
-    gate.log(13)
-    assert gate.lines()[9]["response_tokens"] == gate.lines()[3]["response_tokens"] == len(gateway.DEMO_TEXT.split())
+    gate.log(15)
+    assert gate.lines()[11]["response_tokens"] == gate.lines()[5]["response_tokens"] == len(gateway.DEMO_TEXT.split())
+
+
+def test_the_demo_dates_each_piece_when_it_is_sent(start: Callable[..., RunningGateway]) -> None:
+    lines = start("--demo").ask("/api/chat", b'{"model":"demo"}').body.splitlines()
+    times = [json.loads(line)["created_at"] for line in lines]
+    assert times == sorted(set(times))
+    first, last = (datetime.strptime(time, "%Y-%m-%dT%H:%M:%S.%f%z") for time in (times[0], times[-1]))
+    assert (last - first).total_seconds() >= gateway.DEMO_PACE * (len(times) - 1)
 
 
 @measures
