@@ -265,15 +265,18 @@ def new_key() -> str:
 
 
 # --- Certificates ---
-# One self-signed P-256 pair, of a form that curl, Python 3.13, Go, Node.js and rustls all take for
-# their trust anchor: a subject, addresses as IP names, CA:FALSE, serverAuth, SKI and AKI.
+# A self-signed certificate on P-256, in the form that curl, Python 3.13, Go, Node.js, Bun and rustls all accept
+# as a trust anchor.  It has a subject, since curl rejects an empty issuer; its addresses as IP names, not as DNS
+# names; CA:FALSE, since rustls rejects a CA as a server; serverAuth; SKI and AKI, which Python 3.13 asks for.  It
+# has no keyUsage, since Bun rejects a trust anchor whose keyUsage is digitalSignature alone.
 
 ISSUER: Final = "Zero-Trust LLM Gateway"
-DAYS: Final = 397  # the longest that Apple's platforms accept
+DAYS: Final = 397  # Apple takes public certificates of 398 days at most (support.apple.com/HT211025); one to spare
+HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_][0-9A-Za-z._-]*"  # with _, which Docker's services may have
 
 
 def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
-    """TLS 1.2 and 1.3, forward-secret AEAD suites; OperatorError where the files are no usable pair."""
+    """TLS 1.2 and 1.3 with forward-secret AEAD suites only; OperatorError if the files are no usable pair."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
@@ -281,21 +284,22 @@ def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
     # for a fatal error, after which it would not even send the 408.  The framing tells whether a request was whole.
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | 0x80
     context.set_alpn_protocols(["http/1.1"])
-    context.num_tickets = 1  # is enough to resume a session; the second one costs 15 % of a handshake
+    context.num_tickets = 1  # suffices to resume a session, and a second one costs 15 % of a handshake
     remedy = "put an unencrypted PEM pair there that belongs together, or move both away to have a new one made"
     with explained(f"{cert} and {cert_key} are no usable pair of files", remedy):
-        context.load_cert_chain(cert, cert_key, password=lambda: b"")  # never ask on the terminal
+        context.load_cert_chain(cert, cert_key, password=lambda: b"")  # or OpenSSL would ask on the terminal
     return context
 
 
 def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
-    """Make the pair where there is none.  Of two instances at once, one makes it for both."""
+    """Make the pair if there is none.  If two instances start at once, one makes it for both."""
     if not os.path.lexists(cert) and not os.path.lexists(cert_key):
-        here = re.findall(r"\A[0-9A-Za-z.-]+\Z", socket.gethostname())  # if it is a name at all
-        certificate, key = make_certificate([*dict.fromkeys(("localhost", "127.0.0.1", "::1", *here, *names))])
+        host = socket.gethostname()
+        here = ["localhost", "127.0.0.1", "::1", *([host] if re.fullmatch(HOST_NAME, host) else [])]
+        certificate, key = make_certificate([*dict.fromkeys((*here, *names))])
         if create_file(cert_key, key, 0o600):
             create_file(cert, certificate, 0o644)
-    patience = time.monotonic() + 2  # until the other instance has made its second file
+    patience = time.monotonic() + 2  # for another instance, which makes its second file now
     while os.path.lexists(cert_key) and not os.path.lexists(cert) and time.monotonic() < patience:
         time.sleep(0.02)
     for there, missing in ((cert, cert_key), (cert_key, cert)):
@@ -304,20 +308,49 @@ def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
 
 
 def describe_certificate(cert: str, names: Iterable[str]) -> tuple[str, datetime, list[str]]:
-    """(SHA-256 fingerprint, end of validity, those of the names that it does not cover)."""
+    """Return the SHA-256 fingerprint, the end of validity, and those of the names that it does not cover."""
     with explained(f"cannot read the certificate in {cert}", "see that it is there, in PEM"):
         pem = re.findall(f"(?s){ssl.PEM_HEADER}.+?{ssl.PEM_FOOTER}", Path(cert).read_text("latin-1"))[0]
         der = ssl.PEM_cert_to_DER_cert(pem)
-        # The validity is the only pair of times in it (RFC 5280, 4.1.2.5).  The standard library has
-        # no public function that reads a certificate which no peer has presented.
+        # The standard library has no public function that parses a certificate from a file, so we look for the
+        # two things that we need.  The validity is the only pair of times in it (RFC 5280, 4.1.2.5).
         expiry = re.findall(rb"(?:\x17\r|\x18\x0f)(\d{12}|\d{14})Z", der)[1].decode()
         until = datetime.strptime(("20" + expiry)[-14:] + "+0000", "%Y%m%d%H%M%S%z")
-    missing = [name for name in names if (_address(name) or name.encode()) not in der]
+        covered = set(_alternative_names(der))
+    missing = [name for name in names if covered.isdisjoint(_entries_for(name))]
     return hashlib.sha256(der).digest().hex(":").upper(), until, missing
 
 
+def _entries_for(name: str) -> list[object]:
+    """The entries of a certificate that cover this name; a * stands for one whole label (RFC 6125, 6.4.3)."""
+    address, lower = _address(name), name.lower()
+    return [address] if address else [lower, "*." + lower.partition(".")[2]]
+
+
+def _alternative_names(der: bytes) -> Iterator[object]:
+    """The names and addresses in a certificate's subjectAltName extension (RFC 5280, 4.2.1.6)."""
+    # It begins with its OID, 2.5.29.17, and perhaps a TRUE for "critical"; then comes an OCTET STRING (4).
+    found = re.search(rb"(?s)\x06\x03\x55\x1d\x11(?:\x01\x01\xff)?(\x04.+)", der)
+    names = _der_value(_der_value(found[1])[1])[1] if found else b""  # in that string there is a SEQUENCE of names
+    while names:
+        tag, value, names = _der_value(names)
+        if tag == 0x82:  # dNSName
+            yield value.decode("latin-1").lower()
+        elif tag == 0x87:  # iPAddress
+            yield ipaddress.ip_address(value)
+
+
+def _der_value(data: bytes) -> tuple[int, bytes, bytes]:
+    """The tag and content of the first value in DER, and what follows it."""
+    size, start = data[1], 2
+    if size > 127:  # then it is 128 plus the number of bytes in which the length stands
+        start += size - 128
+        size = int.from_bytes(data[2:start], "big")
+    return data[0], data[start : start + size], data[start + size :]
+
+
 def make_certificate(names: Sequence[str]) -> tuple[bytes, bytes]:
-    """(certificate, private key) in PEM, made by `cryptography`, else by the openssl command."""
+    """Make a certificate and its private key, in PEM, with `cryptography` or else the openssl command."""
     try:
         from cryptography import x509  # noqa: PLC0415 - needed once in the life of an installation
         from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415
@@ -327,18 +360,15 @@ def make_certificate(names: Sequence[str]) -> tuple[bytes, bytes]:
     key = ec.generate_private_key(ec.SECP256R1())
     public = key.public_key()
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, ISSUER)])
-    start = datetime.now(timezone.utc) - timedelta(minutes=5)  # for clients whose clocks are late
-    alternatives = [
-        x509.IPAddress(ipaddress.ip_address(name)) if _address(name) else x509.DNSName(name)
-        for name in names
-    ]
+    start = datetime.now(timezone.utc) - timedelta(minutes=5)  # for clients whose clocks are slow
+    alternatives = [x509.IPAddress(found) if (found := _address(name)) else x509.DNSName(name) for name in names]
     certificate = (
-        x509.CertificateBuilder(subject, subject, public, x509.random_serial_number())
+        x509.CertificateBuilder(issuer_name=subject, subject_name=subject, public_key=public)
+        .serial_number(x509.random_serial_number())
         .not_valid_before(start)
         .not_valid_after(start + timedelta(DAYS))
         .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.KeyUsage(True, *[False] * 8), critical=True)  # digital signature only
         .add_extension(x509.ExtendedKeyUsage([x509.OID_SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False)
@@ -349,18 +379,17 @@ def make_certificate(names: Sequence[str]) -> tuple[bytes, bytes]:
 
 
 def _certificate_by_openssl(names: Sequence[str]) -> tuple[bytes, bytes]:
-    import subprocess  # noqa: PLC0415 - likewise, and it would bring idle memory over 30 MB
+    import subprocess  # noqa: PLC0415 - needed once, too, and it would bring idle memory over 30 MB
 
     alternatives = ",".join(f"{'IP' if _address(name) else 'DNS'}:{name}" for name in names)
-    # With a configuration of our own, since some systems' own says CA:TRUE as well.
+    # The configuration is our own, since that of some systems would add CA:TRUE.
     configuration = f"""[req]\nprompt = no\nencrypt_key = no\ndefault_md = sha256\ndistinguished_name = dn
 x509_extensions = v3\n[dn]\nCN = {ISSUER}\n[v3]\nsubjectAltName = {alternatives}\nbasicConstraints = critical,CA:FALSE
-extendedKeyUsage = serverAuth\nkeyUsage = critical,digitalSignature\nsubjectKeyIdentifier = hash
-authorityKeyIdentifier = keyid:always\n"""
+extendedKeyUsage = serverAuth\nsubjectKeyIdentifier = hash\nauthorityKeyIdentifier = keyid:always\n"""
     command = "openssl req -x509 -config conf -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -out cert -keyout key"
     remedy = "install the Python package cryptography or the openssl command, or put a cert.pem and key.pem here"
     with explained("no certificate can be made here", remedy), tempfile.TemporaryDirectory() as folder:
-        Path(folder, "conf").write_text(configuration)  # in a folder that only we can read
+        Path(folder, "conf").write_text(configuration)
         arguments = [*command.split(), "-days", str(DAYS)]
         try:
             subprocess.run(arguments, cwd=folder, check=True, capture_output=True, timeout=30)  # noqa: S603 - all ours
@@ -369,11 +398,10 @@ authorityKeyIdentifier = keyid:always\n"""
         return Path(folder, "cert").read_bytes(), Path(folder, "key").read_bytes()
 
 
-def _address(name: str) -> bytes | None:
-    try:
-        return ipaddress.ip_address(name).packed
-    except ValueError:
-        return None
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name)
+    return None
 
 
 # --- HTTP rules ---
@@ -2025,7 +2053,11 @@ def abandon(server: Server) -> None:
 
 
 def stop_on_signals(server: Server) -> None:
-    """SIGINT and SIGTERM stop gently, the second at once.  SIGHUP is heard: files are watched anyway."""
+    """Let the first SIGINT or SIGTERM drain the server, and the second end it at once.
+
+    SIGHUP and SIGUSR1, by which other servers reload or reopen their log, must not kill the gateway.  There is
+    nothing to do for them, since it watches its files.
+    """
 
     def stop(*_: Any) -> None:
         if server.gateway.watchman.stopping:
@@ -2034,8 +2066,8 @@ def stop_on_signals(server: Server) -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda *_: None)
+    for name in {"SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has neither
+        signal.signal(getattr(signal, name), lambda *_: None)
 
 
 def descriptors() -> int:

@@ -805,9 +805,7 @@ def test_the_certificate_is_of_the_form_that_all_clients_take(
     extensions = {extension.oid._name: extension for extension in certificate.extensions}
     assert extensions["basicConstraints"].critical
     assert not extensions["basicConstraints"].value.ca
-    assert extensions["keyUsage"].critical
-    assert extensions["keyUsage"].value.digital_signature
-    assert not extensions["keyUsage"].value.key_cert_sign
+    assert "keyUsage" not in extensions  # Bun refuses a trust anchor with digitalSignature alone
     assert [oid._name for oid in extensions["extendedKeyUsage"].value] == ["serverAuth"]
     identifier = extensions["subjectKeyIdentifier"].value.digest
     assert extensions["authorityKeyIdentifier"].value.key_identifier == identifier
@@ -868,6 +866,44 @@ def test_a_renewed_certificate_is_used_without_a_restart(start: Callable[..., Ru
 
 def test_a_name_that_the_certificate_lacks_is_warned_about(start: Callable[..., RunningGateway]) -> None:
     assert start("--name", "gate.example").said("WARNING +cert.pem does not cover gate.example")
+
+
+@pytest.mark.parametrize(("names", "covered", "missing"), [
+    (["llm.example.com"], ["llm.example.com", "LLM.Example.COM"], ["example.com", "lm.example.com", "old.llm.example.com"]),
+    (["old-llm.example.com"], ["old-llm.example.com"], ["llm.example.com", "example.com"]),
+    (["LLM.example.com"], ["llm.example.com"], []),
+    (["*.example.com"], ["llm.example.com", "LLM.example.com", "*.example.com"], ["a.b.example.com", "example.com", "*.com"]),
+    (["example.com", "*.example.com"], ["example.com", "llm.example.com"], ["example.org"]),
+    (["127.0.0.1", "::1"], ["127.0.0.1", "::1", "0:0:0:0:0:0:0:1"], ["127.0.0.2", "::2", "localhost"]),
+    (["*.0.0.1", "abcd"], ["abcd"], ["127.0.0.1", "97.98.99.100", "Zero-Trust LLM Gateway", "com"]),
+    (["llm_gateway", *(f"host-{number}.example" for number in range(100))], ["llm_gateway", "host-99.example"], ["host"]),
+], ids=lambda names: " ".join(names[:2]) or "none")  # fmt: skip
+@pytest.mark.parametrize("maker", ["cryptography", "openssl"])
+def test_the_names_that_a_certificate_covers(
+    maker: str, names: list[str], covered: list[str], missing: list[str], tmp_path: Path
+) -> None:
+    make = gateway.make_certificate if maker == "cryptography" else gateway._certificate_by_openssl
+    (tmp_path / "cert.pem").write_bytes(make(names)[0])
+    assert gateway.describe_certificate(str(tmp_path / "cert.pem"), [*covered, *missing])[2] == missing
+
+
+@pytest.mark.parametrize("names", ["", "subjectAltName=critical,DNS:llm.example.com,email:me@example.com,IP:10.0.0.1"],
+                         ids=["none", "critical, of several kinds"])
+def test_the_names_of_a_certificate_from_elsewhere(names: str, tmp_path: Path) -> None:
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -subj /CN=llm.example.com"
+    subprocess.run([*command.split(), *(["-addext", names] if names else [])], cwd=tmp_path, check=True,
+                   capture_output=True, timeout=PATIENCE)  # fmt: skip
+    asked = ["llm.example.com", "10.0.0.1", "example.com"]
+    missing = gateway.describe_certificate(str(tmp_path / "cert.pem"), asked)[2]
+    assert missing == (["example.com"] if names else asked)
+
+
+def test_a_host_name_with_an_underscore_is_in_the_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker's services have such names."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "llm_gateway")
+    cert = str(tmp_path / "cert.pem")
+    gateway.ensure_certificate(cert, str(tmp_path / "key.pem"), ["open_webui"])
+    assert gateway.describe_certificate(cert, ["localhost", "llm_gateway", "open_webui", "open-webui"])[2] == ["open-webui"]
 
 
 @pytest.mark.parametrize(("options", "shakes"), [
@@ -2364,10 +2400,12 @@ def listens(port: int) -> bool:
     return False
 
 
-def test_sighup_is_survived(start: Callable[..., RunningGateway]) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGUSR1], ids=["SIGHUP", "SIGUSR1"])
+def test_the_signals_by_which_others_reload_are_survived(start: Callable[..., RunningGateway], sent: signal.Signals) -> None:
     gate = start()
-    gate.process.send_signal(signal.SIGHUP)
+    gate.process.send_signal(sent)
     assert gate.ask().status == 200
+    assert gate.stop() == 0
 
 
 # --- Demo ---
