@@ -87,7 +87,7 @@ NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # it
 
 
 class OperatorError(Exception):
-    """Something that the person who runs the gateway can mend; the text says what and how."""
+    """Something that the person who runs the gateway can fix; the text says what and how."""
 
 
 def fault(error: BaseException) -> str:
@@ -100,11 +100,11 @@ def fault(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explained(failure: str, remedy: str) -> Iterator[None]:
-    """Make of what goes wrong in files and programs an OperatorError: what failed, why, what to do."""
+    """Turn an error into an OperatorError that says what failed, why, and what to do."""
     try:
         yield
     except (OSError, ValueError, LookupError) as error:  # an SSLError is an OSError
-        # Never the error's own text: it may quote what it could not read, such as a key.
+        # The error's own text is left out, since it may quote what could not be read, such as a key.
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
         raise OperatorError(f"{failure}: {reason}; {remedy}" if reason else f"{failure}; {remedy}") from None
 
@@ -122,6 +122,7 @@ class Upstream(NamedTuple):
 class Settings(NamedTuple):
     """What flags and environment variables decide; time-outs in seconds."""
 
+    demo: bool
     listen: tuple[str, int]
     upstream: Upstream
     keys: str
@@ -129,7 +130,7 @@ class Settings(NamedTuple):
     cert_key: str
     log: str
     name: Sequence[str]
-    cors_origin: Sequence[str]
+    cors_origin: Sequence[re.Pattern[str]]
     max_connections: int
     handshake_timeout: float
     header_timeout: float
@@ -138,17 +139,22 @@ class Settings(NamedTuple):
     idle_timeout: float
     upstream_timeout: float
     grace: float
-    demo: bool
+
+
+def origin_allowed(origin: str, allowed: Iterable[re.Pattern[str]]) -> bool:
+    """Whether a page of this origin, as its browser's Origin header names it, may use the gateway."""
+    return any(pattern.fullmatch(origin) for pattern in allowed)
 
 
 T = TypeVar("T")
 
 
 class Watched(Generic[T]):
-    """A value made from files, and made anew when their bytes change; errors leave the last good one.
+    """A value loaded from files, and loaded anew when their content changes; an error leaves the last good value.
 
-    Bytes, not times: two edits within one tick of a file system's clock would look the same.  And not
-    before two looks have seen the same bytes, or a half-written file would count.
+    It compares content and not modification times, since two edits within one tick of the file system's clock
+    have the same time.  A change counts only when two looks in a row have seen it, since the first may have come
+    while the file was being written.
     """
 
     def __init__(self, load: Callable[[], T], *paths: str) -> None:
@@ -157,7 +163,7 @@ class Watched(Generic[T]):
         self.value = load()
 
     def refresh(self) -> str | None:
-        """Look at the files again; returns news for the operator, None when nothing changed."""
+        """Look at the files again; returns what to tell the operator, or None if nothing changed."""
         before, self._seen = self._seen, self._look()
         if self._seen is None or self._seen != before or self._seen == self._used:
             return None
@@ -169,7 +175,7 @@ class Watched(Generic[T]):
         return f"{' and '.join(self._paths)} changed; the new version is in force"
 
     def _look(self) -> list[str] | None:
-        """What the files hold, as digests; None where we cannot know, for want of descriptors."""
+        """The digests of the files' content, or None if descriptors are short, so that we cannot know."""
         try:
             return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self._paths]
         except OSError as error:
@@ -177,14 +183,14 @@ class Watched(Generic[T]):
 
 
 def create_file(path: str, content: bytes, mode: int) -> bool:
-    """Make a file, whole or not at all; False, and the file untouched, where there is one already."""
+    """Make a file, whole or not at all.  If there is one already, leave it as it is and return False."""
     remedy = "start in a directory that you may write to, or name others with --keys, --cert, --cert-key and --log"
     with explained(f"cannot make {path}", remedy), tempfile.TemporaryDirectory(".new", dir=Path(path).parent) as folder:
-        whole = Path(folder, "whole")  # in a folder that only we can read
+        whole = Path(folder, "whole")  # nobody else can read that folder
         whole.write_bytes(content)
         whole.chmod(mode)
         try:
-            os.link(whole, path)  # which, unlike a rename, never replaces
+            os.link(whole, path)  # unlike a rename, this never replaces a file
         except OSError:  # the file is there, or the file system has no hard links
             if os.path.lexists(path):
                 return False
@@ -193,13 +199,13 @@ def create_file(path: str, content: bytes, mode: int) -> bool:
 
 
 # --- API keys ---
-# The key file holds one key a line: the key itself, or sha256: and its digest; then its options.
-# Blank lines and what follows a # are no keys.  Only digests stay in memory, and looking one up takes
-# the same time however much of a key was guessed right.
+# The key file holds one key per line: the key itself, or sha256: and its digest, and then its options.  Blank
+# lines and comments, which begin with #, are skipped.  Only digests are kept in memory: looking one up takes the
+# same time however much of a key was guessed right.
 
 
 class Key(NamedTuple):
-    """What the key file says of one key, without the key."""
+    """What the key file says about a key, without the key itself."""
 
     name: str  # what the audit log calls it
     expires: date  # the last day on which it works, UTC
@@ -208,23 +214,20 @@ class Key(NamedTuple):
 
 Keys = dict[bytes, Key]  # by SHA-256 digest
 
-STRONG: Final = 16  # characters; what is shorter can be guessed
+STRONG: Final = 16  # characters; a shorter key can be guessed
 WELL_KNOWN: Final = {"demo-key", "demo-key-0123456789", "replace-me-with-keygen", "your-api-key-here"}
 
 _OPTION = re.compile(r"name=.+|expires=[0-9]{4}-[0-9]{2}-[0-9]{2}")  # newer Pythons read dates in other forms, too
 
 
 def find_key(keys: Keys, presented: Iterable[bytes], today: date) -> Key | None:
-    """The first of the presented keys that is known and not expired."""
-    for secret in presented:
-        key = keys.get(hashlib.sha256(secret).digest())
-        if key and today <= key.expires:
-            return key
-    return None
+    """Find the first of the presented keys that is known and has not expired."""
+    known = (keys.get(hashlib.sha256(secret).digest()) for secret in presented)
+    return next((key for key in known if key and today <= key.expires), None)
 
 
 def load_keys(path: str) -> Keys:
-    """Read the key file; no file, no keys.  OperatorError names file and line, but never their text."""
+    """Read the key file; a missing file has no keys.  An OperatorError names the line, but never its text."""
     with explained(f"cannot read {path}", "it must be a text file in UTF-8 that the gateway may read"):
         try:
             content = Path(path).read_bytes()
@@ -234,8 +237,7 @@ def load_keys(path: str) -> Keys:
         lines = content.decode("utf-16" if utf16 else "utf-8-sig").split("\n")
     keys: Keys = {}
     for number, line in enumerate(lines, 1):
-        words = re.sub(r"(^|\s)#.*", "", line).split()
-        if words:
+        if words := re.sub(r"(^|\s)#.*", "", line).split():
             digest, key = _parse_key(words, f"{path}:{number}")
             if digest in keys:
                 raise OperatorError(f"{path}:{number}: this key is in the file already; delete one of the lines")
@@ -244,7 +246,7 @@ def load_keys(path: str) -> Keys:
 
 
 def _parse_key(words: list[str], where: str) -> tuple[bytes, Key]:
-    """One line's words: the key, then name=NAME and expires=YYYY-MM-DD in any order."""
+    """Parse a line's words: the key, then name=NAME and expires=YYYY-MM-DD in any order."""
     secret, *words = words
     options = dict(word.split("=", 1) for word in words if _OPTION.fullmatch(word))
     if len(options) < len(words):
@@ -272,7 +274,7 @@ def new_key() -> str:
 
 ISSUER: Final = "Zero-Trust LLM Gateway"
 DAYS: Final = 397  # Apple takes public certificates of 398 days at most (support.apple.com/HT211025); one to spare
-HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_][0-9A-Za-z._-]*"  # with _, which Docker's services may have
+HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*"  # with _, which Docker's services may have
 
 
 def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
@@ -294,9 +296,8 @@ def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
 def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
     """Make the pair if there is none.  If two instances start at once, one makes it for both."""
     if not os.path.lexists(cert) and not os.path.lexists(cert_key):
-        host = socket.gethostname()
-        here = ["localhost", "127.0.0.1", "::1", *([host] if re.fullmatch(HOST_NAME, host) else [])]
-        certificate, key = make_certificate([*dict.fromkeys((*here, *names))])
+        here = re.findall(rf"\A{HOST_NAME}\Z", socket.gethostname())  # if it is a name at all
+        certificate, key = make_certificate([*dict.fromkeys(("localhost", "127.0.0.1", "::1", *here, *names))])
         if create_file(cert_key, key, 0o600):
             create_file(cert, certificate, 0o644)
     patience = time.monotonic() + 2  # for another instance, which makes its second file now
@@ -316,37 +317,19 @@ def describe_certificate(cert: str, names: Iterable[str]) -> tuple[str, datetime
         # two things that we need.  The validity is the only pair of times in it (RFC 5280, 4.1.2.5).
         expiry = re.findall(rb"(?:\x17\r|\x18\x0f)(\d{12}|\d{14})Z", der)[1].decode()
         until = datetime.strptime(("20" + expiry)[-14:] + "+0000", "%Y%m%d%H%M%S%z")
-        covered = set(_alternative_names(der))
-    missing = [name for name in names if covered.isdisjoint(_entries_for(name))]
-    return hashlib.sha256(der).digest().hex(":").upper(), until, missing
+    return hashlib.sha256(der).digest().hex(":").upper(), until, [name for name in names if not _covers(der, name)]
 
 
-def _entries_for(name: str) -> list[object]:
-    """The entries of a certificate that cover this name; a * stands for one whole label (RFC 6125, 6.4.3)."""
-    address, lower = _address(name), name.lower()
-    return [address] if address else [lower, "*." + lower.partition(".")[2]]
-
-
-def _alternative_names(der: bytes) -> Iterator[object]:
-    """The names and addresses in a certificate's subjectAltName extension (RFC 5280, 4.2.1.6)."""
-    # It begins with its OID, 2.5.29.17, and perhaps a TRUE for "critical"; then comes an OCTET STRING (4).
-    found = re.search(rb"(?s)\x06\x03\x55\x1d\x11(?:\x01\x01\xff)?(\x04.+)", der)
-    names = _der_value(_der_value(found[1])[1])[1] if found else b""  # in that string there is a SEQUENCE of names
-    while names:
-        tag, value, names = _der_value(names)
-        if tag == 0x82:  # dNSName
-            yield value.decode("latin-1").lower()
-        elif tag == 0x87:  # iPAddress
-            yield ipaddress.ip_address(value)
-
-
-def _der_value(data: bytes) -> tuple[int, bytes, bytes]:
-    """The tag and content of the first value in DER, and what follows it."""
-    size, start = data[1], 2
-    if size > 127:  # then it is 128 plus the number of bytes in which the length stands
-        start += size - 128
-        size = int.from_bytes(data[2:start], "big")
-    return data[0], data[start : start + size], data[start + size :]
+def _covers(der: bytes, name: str) -> bool:
+    """Whether a certificate names this host in its subjectAltName extension (RFC 5280, 4.2.1.6)."""
+    # Behind the extension's OID, 2.5.29.17, each name is a tag, its length, and its text or address.  With tag and
+    # length, a part of a name never matches, for the bytes above 127 that are tags occur in no name.
+    names = der.partition(b"\x06\x03\x55\x1d\x11")[2]
+    if address := _address(name):
+        return b"\x87%c%b" % (len(address.packed), address.packed) in names
+    wanted = (name, "*." + name.partition(".")[2])  # a * stands for exactly one label (RFC 6125, 6.4.3)
+    patterns = (rb"\x82\x81?%b(?i:%b)" % (re.escape(b"%c" % len(text)), re.escape(text.encode())) for text in wanted)
+    return any(re.search(pattern, names) for pattern in patterns)
 
 
 def make_certificate(names: Sequence[str]) -> tuple[bytes, bytes]:
@@ -383,18 +366,15 @@ def _certificate_by_openssl(names: Sequence[str]) -> tuple[bytes, bytes]:
 
     alternatives = ",".join(f"{'IP' if _address(name) else 'DNS'}:{name}" for name in names)
     # The configuration is our own, since that of some systems would add CA:TRUE.
-    configuration = f"""[req]\nprompt = no\nencrypt_key = no\ndefault_md = sha256\ndistinguished_name = dn
-x509_extensions = v3\n[dn]\nCN = {ISSUER}\n[v3]\nsubjectAltName = {alternatives}\nbasicConstraints = critical,CA:FALSE
-extendedKeyUsage = serverAuth\nsubjectKeyIdentifier = hash\nauthorityKeyIdentifier = keyid:always\n"""
-    command = "openssl req -x509 -config conf -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -out cert -keyout key"
+    configuration = f"""[req]\nprompt = no\ndefault_keyfile = key\nencrypt_key = no\ndistinguished_name = dn
+x509_extensions = v3\n[dn]\nCN = {ISSUER}\n[v3]\nbasicConstraints = critical,CA:FALSE\nextendedKeyUsage = serverAuth
+subjectAltName = {alternatives}\nsubjectKeyIdentifier = hash\nauthorityKeyIdentifier = keyid:always\n"""
+    command = f"openssl req -x509 -config conf -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -out cert -days {DAYS}"
     remedy = "install the Python package cryptography or the openssl command, or put a cert.pem and key.pem here"
     with explained("no certificate can be made here", remedy), tempfile.TemporaryDirectory() as folder:
         Path(folder, "conf").write_text(configuration)
-        arguments = [*command.split(), "-days", str(DAYS)]
-        try:
-            subprocess.run(arguments, cwd=folder, check=True, capture_output=True, timeout=30)  # noqa: S603 - all ours
-        except subprocess.SubprocessError:
-            raise ValueError from None
+        if subprocess.run(command.split(), cwd=folder, capture_output=True, check=False).returncode:  # noqa: S603 - ours
+            raise ValueError
         return Path(folder, "cert").read_bytes(), Path(folder, "key").read_bytes()
 
 
@@ -1698,7 +1678,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _is_allowed_preflight(self, request: Request) -> bool:
         """Note the request's origin, if it is one that may use the gateway, and tell whether it is a preflight."""
         origin = request.fields.get(b"origin", b"")
-        if not (origin and origin.decode("latin-1") in self.settings.cors_origin):
+        if not origin_allowed(origin.decode("latin-1"), self.settings.cors_origin):
             return False
         self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
         return is_preflight(request)
@@ -1859,10 +1839,7 @@ class Server(http.server.ThreadingHTTPServer):
 # The upstream of --demo: it answers in Ollama's formats, as fast as one reads, without a model.
 
 DEMO_MODEL: Final = "demo:latest"
-DEMO_TEXT: Final = (
-    "This is the gateway's built-in demo, not a model: it tells everybody the same."
-    " The rest is real: TLS, your key, a stream, and a line in the audit log."
-)
+DEMO_TEXT: Final = "This is the gateway's built-in demo, not a model. TLS, your key and the audit log are real."
 DEMO_WORDS: Final = re.findall(r"\S+\s*", DEMO_TEXT)
 DEMO_PACE: Final = 0.03  # seconds per word
 DEMO_KEPT: Final = 256 * 1024  # bytes of a request's body that are kept; a longer body counts as empty
@@ -1885,11 +1862,8 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         """Answer with the version or the list of models, which programs ask for first."""
         model = {"name": DEMO_MODEL, "model": DEMO_MODEL, "size": 0, "digest": "", "details": {}}
         openai_model = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "demo"}
-        known: dict[str, dict[str, Any]] = {
-            "/api/version": {"version": f"{__version__}-demo"},
-            "/api/tags": {"models": [model]},
-            "/v1/models": {"object": "list", "data": [openai_model]},
-        }
+        known: dict[str, dict[str, Any]] = {"/api/version": {"version": f"{__version__}-demo"}}
+        known |= {"/api/tags": {"models": [model]}, "/v1/models": {"object": "list", "data": [openai_model]}}
         self._answer("application/json", [demo_line(known[self.path])] if self.path in known else None)
 
     def do_POST(self) -> None:
@@ -1947,8 +1921,8 @@ def demo_openai(asked: dict[str, Any]) -> list[bytes]:
 
     if not asked["stream"]:
         return [said({"message": {"role": "assistant", "content": DEMO_TEXT}}, "stop", usage=usage)]
-    events = [said({"delta": {"role": "assistant", "content": word}}) for word in DEMO_WORDS]
-    events.append(said({"delta": {}}, "stop"))
+    deltas = ({"role": "assistant", "content": word} for word in DEMO_WORDS)
+    events = [*(said({"delta": delta}) for delta in deltas), said({"delta": {}}, "stop")]
     if asked.get("stream_options") == {"include_usage": True}:
         events.append(said(None, usage=usage))
     return [b"data: " + event + b"\n" for event in [*events, b"[DONE]\n"]]
@@ -1973,33 +1947,31 @@ def start_demo() -> Upstream:
 
 
 # --- Command line ---
-# Arguments in, exit status out; the only place that prints or ends the process.
+# Arguments come in and an exit status goes out.  Nothing above prints, or ends the process.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.  0: a clean stop; 1: it could not run; 2: what was asked cannot be."""
+    """Run the command line.  The exit status is 0 after a clean stop, 1 if it cannot run, 2 if it was told wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        command, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        if command == "keygen":
-            print(new_key(), *([f" name={arguments['label']}"] if arguments["label"] else []))
+        if arguments[:1] == ["keygen"]:
+            print(key_line(arguments[1:]))
             return 0
-        return serve(Settings(**arguments))
+        return serve(parse_arguments(arguments))
     except OperatorError as error:
         say(f"gateway: {error}")
         return 2
-    except KeyboardInterrupt:  # while starting
+    except KeyboardInterrupt:  # before stop_on_signals()
         return 130
 
 
 def serve(settings: Settings) -> int:
-    """Serve until told to stop.  What can be wrong is found before the port is bound."""
-    if settings.demo:
-        settings = settings._replace(upstream=start_demo())
-    room = max(1, (descriptors() - 32) // 2)  # a client needs one, its request another, files and the pool some
-    settings = settings._replace(max_connections=min(settings.max_connections, room))
+    """Serve until told to stop.  Whatever can be wrong is found before the port is bound."""
+    asked = settings._replace(upstream=start_demo()) if settings.demo else settings
+    room = max(1, (descriptors() - 32) // 2)  # a client needs one and its request another; 32 are for all else
+    settings = asked._replace(max_connections=min(asked.max_connections, room))
     fresh = new_key()
-    if os.path.lexists(settings.keys) or not create_file(settings.keys, f"{fresh}  name=first\n".encode(), 0o600):
-        fresh = ""
+    made = not os.path.lexists(settings.keys) and create_file(settings.keys, f"{fresh} name=first\n".encode(), 0o600)
     ensure_certificate(settings.cert, settings.cert_key, settings.name)
     keys = Watched(lambda: load_keys(settings.keys), settings.keys)
     if not keys.value:
@@ -2010,10 +1982,11 @@ def serve(settings: Settings) -> int:
     try:
         server = Server(gateway, context)
     except OSError as error:
-        say(f"gateway: cannot listen there: {error.strerror}; choose another place with --listen HOST:PORT")
+        place = host_and_port(*settings.listen)
+        say(f"gateway: cannot listen on {place}: {error.strerror}; choose another place with --listen")
         return 1
     stop_on_signals(server)
-    announce(settings, keys.value, server.server_address[1], fresh)
+    announce(settings, keys.value, server.server_address[1], fresh if made else "", asked.max_connections)
     for run in (functools.partial(server.serve_forever, TICK), gateway.watchman.run, *([relay.run] if relay else [])):
         threading.Thread(target=vital, args=(run, server), daemon=True).start()
     while not gateway.watchman.stopping:
@@ -2030,10 +2003,9 @@ def serve(settings: Settings) -> int:
 
 
 def keep_house(gateway: Gateway, context: Watched[ssl.SSLContext]) -> None:
-    """What wants a look several times a second."""
-    for news in (gateway.keys.refresh(), context.refresh(), log_news(gateway.log)):
-        if news:
-            say(news)
+    """Look at the watched files, and say what changed; close kept connections that have become too old."""
+    for news in filter(None, (gateway.keys.refresh(), context.refresh(), log_news(gateway.log))):
+        say(news)
     gateway.pool.prune()
 
 
@@ -2071,50 +2043,50 @@ def stop_on_signals(server: Server) -> None:
 
 
 def descriptors() -> int:
-    """Take all the descriptors that the system grants; how many can be used."""
+    """Raise the limit on open descriptors as far as the system allows, and return it."""
     try:
-        import resource  # noqa: PLC0415
-    except ImportError:  # Windows
-        return 512  # of which select() can watch no more
+        import resource  # noqa: PLC0415 - does not exist on Windows
+    except ImportError:
+        return 512  # no more can be watched there by select()
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63  # "unlimited" may be -1, and becomes a large number
 
 
-def announce(settings: Settings, keys: Keys, port: int, fresh_key: str) -> None:
-    """Tell what one needs to use it."""
+def announce(settings: Settings, keys: Keys, port: int, fresh_key: str, connections: int) -> None:
+    """Tell how to use the gateway, and what is wrong with its settings."""
     host, upstream, cert = settings.listen[0], settings.upstream, settings.cert
-    fingerprint, until, missing = describe_certificate(cert, settings.name)
-    listen = f"[{host}]" if ":" in host else host
     everywhere, near = host in ("", "0.0.0.0", "::"), upstream.host in ("127.0.0.1", "::1", "localhost")  # noqa: S104
-    upstream_host = "" if near else upstream.host
-    first = f"Gateway listening on {'' if everywhere else listen}:{port}, upstream {upstream_host}:{upstream.port}"
-    weak = any(key.weak for key in keys.values())
+    listen = host_and_port("" if everywhere else host, port)
+    first = f"Gateway listening on {listen}, upstream {host_and_port('' if near else upstream.host, upstream.port)}"
+    url = f"https://localhost{listen}" if everywhere else f"https://{listen}"
+    state = "the built-in demo, not a model" if settings.demo else upstream_state(upstream)
+    chat = """/api/chat -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'"""
+    target = chat if settings.demo else "/api/tags"
+    fingerprint, until, missing = describe_certificate(cert, settings.name)
     fault = f"does not cover {', '.join(missing)}" if missing else ""
     fault = "has expired" if until < datetime.now(timezone.utc) else fault
-    path, body = "/api/tags", ""
-    if settings.demo:
-        path, body = "/api/chat", """ -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'"""
-    url = f"https://{'localhost' if everywhere else listen}:{port}"
-    state = "the built-in demo, not a model" if settings.demo else upstream_state(upstream)
+    shown = fresh_key if os.isatty(2) else ""  # in a journal or a container's log, others would find it later
+    where = f"{shown} - also in {settings.keys}, and not shown again" if shown else os.path.abspath(settings.keys)
+    weak = "keys are short or well known; for good ones: python3 gateway.py keygen NAME"
+    few = f"at most {settings.max_connections}, not {connections}, for want of descriptors (see ulimit -Hn)"
     lines = [
         ("URL", url),
         ("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}"),
         ("Keys", f"{len(keys)} in {settings.keys}"),
-        ("New key", f"{fresh_key} - also in {settings.keys}, and not shown again" if fresh_key else ""),
-        ("WARNING", "keys are short or well known; for good ones: python3 gateway.py keygen NAME" if weak else ""),
-        ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint"),
-        ("", fingerprint),
+        ("New key", f"{'' if shown else 'stands in '}{where}" if fresh_key else ""),
+        ("WARNING", weak if any(key.weak for key in keys.values()) else ""),
+        ("Connections", few if settings.max_connections < connections else ""),
+        ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
         ("WARNING", f"{cert} {fault}; move it and {settings.cert_key} away to have a new pair made" if fault else ""),
         ("Audit log", "standard output" if settings.log == "-" else settings.log),
-        ("Try", f'curl --cacert {cert} {url}{path} -H "X-Api-Key: {fresh_key or "YOUR-KEY"}"{body}'),
+        ("Try", f'curl --cacert {cert} -H "X-Api-Key: {shown or "YOUR-KEY"}" {url}{target}'),
     ]
     say("\n".join([first, *(f"  {label:<12} {text}" for label, text in lines if text)]))
 
 
 def upstream_state(upstream: Upstream) -> str:
-    """Whether somebody listens there."""
+    """Say whether something listens there."""
     try:
         Pool(upstream).connect().abort()
     except UpstreamError as error:
@@ -2123,7 +2095,7 @@ def upstream_state(upstream: Upstream) -> str:
 
 
 def say(text: str) -> None:
-    """Lines on stderr, the first with the time; to nobody, if nobody reads them."""
+    """Print lines on stderr, the first with the time; give up if nobody reads them."""
     with contextlib.suppress(OSError, ValueError):
         for line in f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}".splitlines():
             if not takes_a_line(2, patience=1):
@@ -2145,54 +2117,66 @@ def seldom(tell: Callable[[str], None]) -> Callable[[str], None]:
     return tell_if_due
 
 
-def host_port(text: str) -> tuple[str, int]:
-    """HOST:PORT, [IPV6]:PORT or :PORT."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:\s]*)):([0-9]{1,5})", text)
-    if not match or int(match[3]) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, like 127.0.0.1:8443 or [::]:8443")
-    return match[1] or match[2] or "", int(match[3])
+def host_and_port(host: str, port: int) -> str:
+    """Write an address as URLs do."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def upstream_url(text: str) -> Upstream:
-    """http://HOST:PORT or https://HOST:PORT, with a path at most."""
-    with contextlib.suppress(ValueError):
-        url = urllib.parse.urlsplit(text)
-        odd = url.username or url.password or url.query or url.fragment or not re.fullmatch("[!-~]+", text)
-        if url.scheme in ("http", "https") and url.hostname and not odd:
-            url.hostname.encode("idna")  # or to connect would raise a UnicodeError
-            tls = url.scheme == "https"
-            return Upstream(tls, url.hostname, url.port or (443 if tls else 80), url.netloc, url.path.rstrip("/"))
-    raise argparse.ArgumentTypeError("an upstream is http://HOST:PORT or https://HOST:PORT, with a path at most")
+    """Read http://HOST:PORT or https://HOST:PORT, with a path at most."""
+    url = urllib.parse.urlsplit(text)
+    if not re.fullmatch(r"(?=[!-~]+\Z)(?i:https?)://[^/?#@]+(/[^?#]*)?", text) or not url.hostname:
+        raise ValueError
+    url.hostname.encode("idna")  # or connecting would raise this UnicodeError
+    tls = url.scheme == "https"
+    return Upstream(tls, url.hostname, url.port or (443 if tls else 80), url.netloc, url.path.rstrip("/"))
 
 
-def matching(pattern: str, example: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """A kind of argument: what matches the pattern, converted."""
+def origin_pattern(scheme: str, host: str, port: str | None) -> re.Pattern[str]:
+    """Make a pattern for the Origin header, which browsers send in lower case and without a default port."""
+    default_port = {"http": 80, "https": 443}.get(scheme.lower())
+    if default_port and host == "*":
+        raise ValueError  # this would be every page of the web
+    if default_port and re.search(r"\]$|(^|\.)[0-9]+$", host):  # an address, which browsers write in its usual form
+        host = re.sub("(.*:.*)", r"[\1]", str(ipaddress.ip_address(host.strip("[]"))))
+    end = "(:[0-9]+)?" if port == "*" else f":{int(port)}" if port and int(port) != default_port else ""
+    host = re.escape(host).replace(r"\*\.", r"([0-9a-z_-]+\.)+").replace(r"\*", "[0-9a-z._-]*")
+    return re.compile(f"{re.escape(scheme)}://{host}{end}", re.IGNORECASE | re.ASCII)
 
-    def parse(text: str) -> Any:
-        if re.fullmatch(pattern, text):
-            return convert(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {example}")
 
-    return parse
+def matching(pattern: str, convert: Callable[..., Any]) -> Callable[[str], Any]:
+    """Make a reader of arguments: it matches the pattern and converts its groups, or raises a ValueError."""
+
+    def read(text: str) -> Any:
+        if match := re.fullmatch(pattern, text):
+            return convert(*match.groups())
+        raise ValueError
+
+    return read
 
 
-SECONDS: Final = matching(r"(?!0*\.?0*$)[0-9]{1,6}(\.[0-9]{1,3})?", "a number of seconds above 0", float)
-COUNT: Final = matching("[1-9][0-9]{0,5}", "a whole number from 1 to 999999", int)
-ORIGIN: Final = matching(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+", "an origin like https://chat.example.com")
-HOST: Final = matching(r"[0-9A-Za-z*][0-9A-Za-z.:-]*|::[0-9A-Fa-f:.]*", "a host name or address")
-WORD: Final = matching(r"\S+", "one word")
+# A port is a number up to 65535.
+PORT: Final = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+IPV6: Final = r"\[[0-9A-Fa-f:.]+\]"
+LISTEN: Final = matching(rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})", lambda host, port: (host.strip("[]"), int(port)))
+SECONDS: Final = matching(r"((?!0*\.?0*$)[0-9]{1,6}(?:\.[0-9]{1,3})?)", float)
+COUNT: Final = matching("([1-9][0-9]{0,5})", int)
+YES_OR_NO: Final = matching("(?i:(1|t|true|y|yes|on)|0|f|false|n|no|off)", bool)
+ORIGIN: Final = matching(rf"([A-Za-z][A-Za-z0-9+.-]*)://(\*|{IPV6}|{HOST_NAME})(?::(\*|{PORT}))?", origin_pattern)
+HOST: Final = matching(rf"({HOST_NAME})|([0-9A-Fa-f:.]+)", lambda name, ip: name or str(ipaddress.ip_address(ip)))
 
-# Flag, what it takes, how to read that, default (None: it may be given several times), what it is for.
+# A flag, what it takes, how that is read, its default (None if it may be given several times), and its purpose.
 OPTIONS: Final[Sequence[tuple[str, str, Callable[[str], Any], str | None, str]]] = (
-    ("--listen", "HOST:PORT", host_port, ":8443", "where to listen; without HOST everywhere, IPv4 and IPv6"),
-    ("--upstream", "URL", upstream_url, "http://127.0.0.1:11434", "the Ollama, or other, server"),
+    ("--demo", "", YES_OR_NO, "off", "answer from a built-in stand-in, for want of an Ollama"),
+    ("--listen", "HOST:PORT", LISTEN, ":8443", "where to listen, like [::1]:8443; without HOST on all addresses"),
+    ("--upstream", "URL", upstream_url, "http://127.0.0.1:11434", "the Ollama or other server, http or https"),
     ("--keys", "FILE", str, "keys.txt", "the API keys; where there is none, it is made with one fresh key"),
     ("--cert", "FILE", str, "cert.pem", "the certificate, with its chain; where there is none, it is made"),
     ("--cert-key", "FILE", str, "key.pem", "its private key"),
     ("--log", "FILE", str, "gateway.log", "the audit log; - is standard output"),
-    ("--name", "HOST", HOST, None, "one more name or address in a certificate that is made"),
-    ("--cors-origin", "ORIGIN", ORIGIN, None, "lets web pages from there use the gateway"),
-    ("--max-connections", "N", COUNT, "1024", "clients at a time; others wait"),
+    ("--name", "HOST", HOST, None, "one more host name or address in a certificate that is made"),
+    ("--cors-origin", "ORIGIN", ORIGIN, None, "whose web pages may use the gateway, like https://*.example.com"),
+    ("--max-connections", "N", COUNT, "1024", "clients at a time, while others wait"),
     ("--handshake-timeout", "S", SECONDS, "10", "seconds for a TLS handshake"),
     ("--header-timeout", "S", SECONDS, "15", "seconds for the whole head of a request"),
     ("--body-timeout", "S", SECONDS, "30", "seconds for every 4 KiB of a request's body"),
@@ -2203,35 +2187,39 @@ OPTIONS: Final[Sequence[tuple[str, str, Callable[[str], Any], str | None, str]]]
 )
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """(command, its arguments): flags, else environment variables, else defaults.  OperatorError."""
-    parser = _Parser(prog="gateway", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+def parse_arguments(argv: Sequence[str]) -> Settings:
+    """Read all options; a flag wins over its environment variable, and that over the default."""
+    parser = _Parser(prog="gateway", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False,
+                     epilog="gateway keygen [NAME] prints a fresh line for the key file.")  # fmt: skip
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
-    text = "answer from a built-in stand-in, for want of an Ollama [GATEWAY_DEMO]"
-    parser.add_argument("--demo", action="store_true", help=text)
-    environment = ["--demo"] if os.environ.get("GATEWAY_DEMO", "") not in ("", "0", "no", "false") else []
-    given = {argument.partition("=")[0] for argument in argv}
-    for flag, metavar, kind, default, text in OPTIONS:
+    for flag, what, _, default, about in OPTIONS:
         variable = "GATEWAY_" + flag[2:].replace("-", "_").upper()
-        value = "" if flag in given else os.environ.get(variable, "").strip()
-        if default is None:
-            note = f"{text} [{variable}; may be given several times]"
-            parser.add_argument(flag, metavar=metavar, type=kind, help=note, action="append", default=[])
-            environment += [f"{flag}={word}" for word in re.split(r"[,\s]+", value) if word]
-        else:
-            note = f"{text} [{variable}; default {default}]"
-            parser.add_argument(flag, metavar=metavar, type=kind, help=note, default=default)
-            environment += [f"{flag}={value}"] if value else []
-    commands = parser.add_subparsers(dest="command", title="instead of serving", metavar="")
-    keygen = commands.add_parser("keygen", help="print a fresh line for the key file")
-    keygen.add_argument("label", nargs="?", type=WORD, metavar="NAME", help="what the audit log calls it")
-    arguments = vars(parser.parse_args([*environment, *argv]))
-    return arguments.pop("command"), arguments
+        note = f"default {default}" if default else "may be given several times"
+        how: Any = {"action": "append", "metavar": what} if what else {"action": "append_const", "const": "yes"}
+        parser.add_argument(flag, dest=variable, help=f"{about} [{variable}; {note}]", **how)
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:  # only the first is shown, since a value may be a key
+        raise OperatorError(f"there is no argument {unknown[0].partition('=')[0]}; see --help")
+    values: dict[str, Any] = {}
+    for (flag, what, read, default, about), (variable, given) in zip(OPTIONS, vars(flags).items()):
+        text = os.environ.get(variable, "").strip()
+        texts = given or ([text or default] if default else re.findall(r"[^,\s]+", text))
+        with explained(f"{flag if given else variable} is not understood", f"it takes {what or 'yes or no'}: {about}"):
+            found = [read(text) for text in texts]
+        values[variable[len("GATEWAY_"):].lower()] = found[-1] if default else found
+    return Settings(**values)
+
+
+def key_line(arguments: Sequence[str]) -> str:
+    """Make a line for the key file: a fresh key and the name that `keygen` was given, if any."""
+    if not re.fullmatch(r"([^\s-]\S*)?", " ".join(arguments)):
+        raise OperatorError("keygen takes one name without blanks, or none, as in: gateway.py keygen alice")
+    return "  ".join([new_key(), *(f"name={name}" for name in arguments)])
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, like every other error."""
+        """Report it in one line, like every other error, where argparse would print its usage, too."""
         raise OperatorError(f"{message}; see --help")
 
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import pytest
 
@@ -235,10 +235,10 @@ def leaves(sock: socket.socket) -> bool:
 
 
 class RunningGateway:
-    """A gateway in a process and a directory of its own."""
+    """A gateway in a process and a directory of its own, whose standard error is a file or a terminal."""
 
     def __init__(self, folder: Path, *flags: str, keys: str | None = f"{KEY} name=alice\n{OTHER_KEY}\n",
-                 python: str = sys.executable, program: Path = HERE / "gateway.py", env: dict[str, str] | None = None,
+                 terminal: bool = False, python: str = sys.executable, program: Path = HERE / "gateway.py", env: dict[str, str] | None = None,
                  **popen: Any) -> None:
         self.folder, self.asked = folder, 0
         if keys is not None:
@@ -249,8 +249,10 @@ class RunningGateway:
         self.flags = ["--listen", "127.0.0.1:0", *flags] if "--listen" not in flags else list(flags)
         self.errors = (folder / "stderr").open("wb")
         environment = {**{k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}, **(env or {})}
-        self.process = subprocess.Popen([python, str(program), *self.flags], cwd=folder, stderr=self.errors,
+        stderr = terminal_to(self.errors) if terminal else os.dup(self.errors.fileno())
+        self.process = subprocess.Popen([python, str(program), *self.flags], cwd=folder, stderr=stderr,
                                         env=environment, **popen)
+        os.close(stderr)
         with contextlib.suppress(AssertionError):  # what it said is more telling than what was waited for
             eventually(lambda: self.process.poll() is not None or self.said("Try "))
         if self.process.poll() is not None or not self.said("Try "):
@@ -303,6 +305,21 @@ class RunningGateway:
             self.errors.close()
             assert "Traceback" not in self.stderr
             assert "internal error" not in self.stderr
+
+
+def terminal_to(file: IO[bytes]) -> int:
+    """The descriptor of a terminal, from which all that is written is copied into the file."""
+    screen, terminal = os.openpty()
+
+    def copy() -> None:
+        with contextlib.suppress(OSError):  # at the end, when nobody holds the terminal any more
+            while data := os.read(screen, 65536):
+                file.write(data.replace(b"\r\n", b"\n"))
+                file.flush()
+        os.close(screen)
+
+    threading.Thread(target=copy, daemon=True).start()
+    return terminal
 
 
 def threads_of(gate: RunningGateway) -> int:
@@ -392,7 +409,7 @@ def start(tmp_path: Path, upstream: FakeUpstream) -> Iterator[Callable[..., Runn
 @pytest.fixture(scope="session")
 def _gate(_upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
     limits = ["--header-timeout", "1", "--idle-timeout", "1", "--body-timeout", "1", "--upstream-timeout", "2"]
-    where = ["--upstream", f"http://127.0.0.1:{_upstream.port}", "--cors-origin", "https://chat.example"]
+    where = ["--upstream", f"http://127.0.0.1:{_upstream.port}", "--cors-origin", "https://Chat.EXAMPLE:443"]
     one = RunningGateway(tmp_path_factory.mktemp("gate"), *where, *limits)
     yield one
     assert one.stop() == 0
@@ -413,7 +430,7 @@ def gate(_gate: RunningGateway, upstream: FakeUpstream) -> RunningGateway:
 
 def test_first_run_needs_no_configuration(tmp_path: Path, start: Callable[..., RunningGateway]) -> None:
     (tmp_path / "home").mkdir()
-    first = start("--demo", keys=None, folder=tmp_path / "home", env={"PATH": os.environ["PATH"]})
+    first = start("--demo", keys=None, folder=tmp_path / "home", env={"PATH": os.environ["PATH"]}, terminal=True)
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d Gateway listening on 127.0.0.1:\d+, upstream :\d+\n", first.stderr)
     modes = {path.name: path.stat().st_mode & 0o777 for path in first.folder.iterdir()}
     assert modes["keys.txt"] == modes["key.pem"] == modes["gateway.log"] == 0o600
@@ -569,11 +586,11 @@ def recorded(name: str) -> bytes:
 # --- Settings ---
 
 
-@pytest.mark.parametrize("option", gateway.OPTIONS, ids=lambda option: option[0])
+@pytest.mark.parametrize("option", gateway.OPTIONS[1:], ids=lambda option: option[0])
 def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     flag, _, parse, default, _ = option
     examples = {"--listen": ("[::1]:1", "h:2"), "--upstream": ("https://a/b", "http://c:1"),
-                "--cors-origin": ("https://a", "https://b:1")}
+                "--cors-origin": ("https://a", "https://b:1"), "--name": ("a_b", "::1")}
     variable, name = "GATEWAY_" + flag[2:].upper().replace("-", "_"), flag[2:].replace("-", "_")
     first, second = examples.get(flag, ("7", "9"))
 
@@ -581,10 +598,70 @@ def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, mo
         return ([parse(value)] if value else []) if default is None else parse(value or default)
 
     monkeypatch.setenv(variable, "")
-    assert gateway.parse_arguments([])[1][name] == of(None)
+    assert getattr(gateway.parse_arguments([]), name) == of(None)
     monkeypatch.setenv(variable, first)
-    assert gateway.parse_arguments([])[1][name] == of(first)
-    assert gateway.parse_arguments([flag, second])[1][name] == of(second)
+    assert getattr(gateway.parse_arguments([]), name) == of(first)
+    assert getattr(gateway.parse_arguments([flag, second]), name) == of(second)
+    monkeypatch.setenv(variable, "<")
+    if parse is not str:
+        with pytest.raises(gateway.OperatorError, match=rf"^{variable} is not understood; it takes {option[1]}: "):
+            gateway.parse_arguments([])
+    assert getattr(gateway.parse_arguments([flag, second]), name) == of(second)
+
+
+@pytest.mark.parametrize(("value", "means"), [
+    *((word, True) for word in ("1", "t", "T", "TRUE", "true", "True", "yes", "Yes", "YES", "on", "On", " true ")),
+    *((word, False) for word in ("", " ", "0", "f", "F", "FALSE", "false", "False", "no", "No", "NO", "off", "Off", "n")),
+    *((word, None) for word in ("2", "00", "truth", "nope", "demo", "yes no", "-")),
+])  # fmt: skip
+def test_a_variable_says_yes_or_no_in_many_words(value: str, means: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_DEMO", value)
+    if means is None:
+        with pytest.raises(gateway.OperatorError, match=r"^GATEWAY_DEMO is not understood; it takes yes or no: "):
+            gateway.parse_arguments([])
+    else:
+        assert gateway.parse_arguments([]).demo is means
+    assert gateway.parse_arguments(["--demo"]).demo is True
+
+
+@pytest.mark.parametrize("url", ["http://ollama_1:11434", "https://my_host/a_b", "HTTP://Ollama", "http://[::1]:1/x"])
+def test_upstreams_that_are_taken(url: str) -> None:
+    upstream = gateway.parse_arguments(["--upstream", url]).upstream
+    assert upstream.host == url.lower().split("/")[2].replace(":11434", "").replace("[::1]:1", "::1")
+    assert upstream.tls is url.startswith("https")
+
+
+ORIGINS = {
+    "https://chat.example.com": (
+        ["https://chat.example.com", "https://CHAT.example.com"],
+        ["http://chat.example.com", "https://chat.example.com:8443", "https://a.chat.example.com", "https://chatXexample.com",
+         "https://chat.example.com.evil", "https://chat.example.com/", "xhttps://chat.example.com", "null", ""]),
+    "HTTPS://Chat.Example.COM:443": (["https://chat.example.com"], ["https://chat.example.com:444"]),
+    "http://localhost:80": (["http://localhost"], ["https://localhost", "http://localhost:8080"]),
+    "http://localhost:443": (["http://localhost:443"], ["http://localhost"]),
+    "http://localhost:*": (
+        ["http://localhost", "http://localhost:3000"],
+        ["https://localhost:3000", "http://localhost:", "http://localhost:x", "http://localhost.evil:1", "http://localhost:1@evil"]),
+    "https://*.example.com": (
+        ["https://chat.example.com", "https://a.b.example.com", "https://a_b-c.example.com"],
+        ["https://example.com", "https://.example.com", "https://evilexample.com", "https://a.example.com.evil",
+         "https://a.example.com:1", "https://evil/.example.com", "https://a@b.example.com", "https://a..example.com"]),
+    "https://*.example.com:*": (["https://a.example.com:1", "https://a.example.com"], ["https://example.com:1"]),
+    "chrome-extension://*": (
+        ["chrome-extension://jfgfiigpkhlkbnfnbobbkinehhfdhndo"],
+        ["moz-extension://x", "https://x", "chrome-extension://a/b", "chrome-extension://a:1", "achrome-extension://a"]),
+    "safari-web-extension://0A1B-C": (["safari-web-extension://0A1B-C", "safari-web-extension://0a1b-c"], []),
+    "http://127.0.0.1:*": (["http://127.0.0.1:3000"], ["http://127.0.0.11"]),
+    "file://*": (["file://"], ["file", "null"]),
+    "http://[0:0:0:0:0:0:0:1]:*": (["http://[::1]:3000", "http://[::1]"], ["http://[::2]"]),
+}
+
+
+@pytest.mark.parametrize(("value", "yes", "no"), [(value, *of) for value, of in ORIGINS.items()], ids=ORIGINS.keys())
+def test_an_origin_may_have_wildcards_and_matches_as_browsers_write_it(value: str, yes: list[str], no: list[str]) -> None:
+    allowed = gateway.parse_arguments(["--cors-origin", "https://other.example", "--cors-origin", value]).cors_origin
+    assert [origin for origin in [*yes, *no] if gateway.origin_allowed(origin, allowed)] == yes
+    assert not gateway.origin_allowed(yes[0], [])
 
 
 @pytest.mark.parametrize("arguments", [
@@ -592,7 +669,11 @@ def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, mo
     ["--listen", "::1:8443"], ["--upstream", "localhost:11434"], ["--upstream", "ftp://x"], ["--upstream", "http://u:p@x"],
     ["--upstream", "http://x?y"], ["--upstream", "http://x:port"], ["--upstream", "http://a..b"], ["--max-connections", "0"], ["--max-connections", "1.5"],
     ["--grace", "0"], ["--grace", "-1"], ["--grace", "nan"], ["--grace", "1e3"], ["--cors-origin", "https://x/"],
-    ["--cors-origin", "*"], ["--name", ""], ["--name", "\u00e9.example"], ["--name", "a,b"], ["--keys"],
+    *(["--cors-origin", origin] for origin in (
+        "*", "https://*", "http://*:*", "x.example", "null", "https://a.*.b", "https://a*", "https://*.", "https://x:0x1",
+        "https://x:99999", "https://x.example/*", "https://u@x", "https://", "http://[::g]", "http://127.1", "http://010.0.0.1:*", "https://*.1", "https://\u00e9.example", "https://a..b")),
+    ["--name", ""], ["--name", "\u00e9.example"], ["--name", "a,b"], ["--name", "a:b"], ["--name", "*"], ["--keys"],
+    ["--demo=no"], ["keygen", "--help"], ["keygen", "a", "b"], ["--upstream", "http://\u00e9"], ["--upstream", "http://:80"],
 ], ids=" ".join)  # fmt: skip
 def test_a_wrong_argument_is_one_line_and_exit_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -600,6 +681,18 @@ def test_a_wrong_argument_is_one_line_and_exit_2(
     monkeypatch.setattr(gateway, "serve", lambda _: 0)  # what is wrongly taken must not start a gateway here
     assert gateway.main(arguments) == 2
     assert re.fullmatch(r"[-0-9]+ [:0-9]+ gateway: .+\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("arguments", "unknown"), [
+    (["--upstraem", "http://x"], "--upstraem"), (["--upstraem=http://x"], "--upstraem"), (["serve"], "serve"),
+    (["--demo", "--key", WRONG_KEY], "--key"), (["-k", WRONG_KEY], "-k"), ([f"--key={WRONG_KEY}"], "--key"),
+])  # fmt: skip
+def test_an_unknown_argument_is_named_without_its_value(
+    arguments: list[str], unknown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "serve", lambda _: 0)
+    assert gateway.main(arguments) == 2
+    assert capsys.readouterr().err.endswith(f" gateway: there is no argument {unknown}; see --help\n")
 
 
 def test_importing_has_no_side_effects(tmp_path: Path) -> None:
@@ -613,7 +706,29 @@ def test_a_port_in_use_is_one_line_and_exit_1(start: Callable[..., RunningGatewa
     command = [sys.executable, str(HERE / "gateway.py"), "--listen", f"127.0.0.1:{first.port}"]
     second = subprocess.run(command, cwd=first.folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert second.returncode == 1
-    assert re.fullmatch(r".*gateway: cannot listen .*: Address already in use; .*--listen.*\n", second.stderr)
+    message = f".*gateway: cannot listen on 127.0.0.1:{first.port}: Address already in use; .*--listen\n"
+    assert re.fullmatch(message, second.stderr)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_fresh_key_is_shown_on_a_terminal_only(start: Callable[..., RunningGateway], terminal: bool) -> None:
+    """Elsewhere it would stay in a journal or in a container's log."""
+    gate = start("--demo", keys=None, terminal=terminal)
+    key = (gate.folder / "keys.txt").read_text().split()[0]
+    if terminal:
+        assert gate.said(f"New key +{key} - also in keys.txt, and not shown again\n")
+        assert gate.said(f'Try .* -H "X-Api-Key: {key}"')
+    else:
+        assert key not in gate.stderr
+        assert gate.said(f"New key +stands in {re.escape(str(gate.folder / 'keys.txt'))}\n")
+        assert gate.said('Try .* -H "X-Api-Key: YOUR-KEY"')
+
+
+def test_too_few_descriptors_are_said(start: Callable[..., RunningGateway]) -> None:
+    gate = start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 132)))
+    assert gate.said(r"Connections +at most 50, not 1024, for want of descriptors \(see ulimit -Hn\)")
+    enough = start("--max-connections", "50", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 132)))
+    assert not enough.said("Connections")
 
 
 BROKEN_STARTS = {
