@@ -1301,7 +1301,7 @@ REDIRECTS = {
 
 @pytest.mark.parametrize(("url", "location", "expected"), REDIRECTS.values(), ids=REDIRECTS.keys())
 def test_the_upstreams_redirects_to_itself_lead_to_the_gateway(url: str, location: str, expected: str | None) -> None:
-    upstream = gateway.parse_arguments(["--upstream", url])[1]["upstream"]
+    upstream = gateway.parse_arguments(["--upstream", url]).upstream
     lines = f"X: 1\r\nlocation:\t {location} \r\nContent-Location: {location}\r\nX-Location: {location}"
     answer = gateway.parse_answer(b"HTTP/1.1 307 Temporary Redirect\r\n" + lines.encode(), b"GET")
     mapped = lines.replace(location, location if expected is None else expected, 1)
