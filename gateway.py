@@ -766,129 +766,181 @@ def last_chunk(trailers: Fields) -> bytes:
 
 
 # --- Token counts ---
-# Every API counts at the end of its answer: Ollama in the last object, OpenAI and Anthropic in `usage`
-# in one of the last events; so a bounded tail will do.  A member found in there is the API's own only
-# if what stands behind it closes the very object it must stand in, which the JSON parser can tell: in
-# text the quotes are escaped, and what a model writes into a tool call's arguments stands deeper.
+# An answer says its counts, and a request its model, in members of a JSON document: the only one of a body, a
+# line of NDJSON, or the data of an event.  Three rules find them in little memory, and never in a model's text:
+# 1. Valid JSON contains neither "\ndata:" nor "}\n{", so documents can be told apart without parsing them.
+# 2. Nothing of interest stands in a long string, nor in an array or object inside the document unless _INNER
+#    matches where it opens.  With these emptied, a long document says the same in little space, even unfinished.
+# 3. The JSON parser reads what is left, and a member counts only in its own place.
 
-HEAD_KEPT: Final = 2 * 1024  # bytes; holds Anthropic's message_start, and most requests' model
-TAIL_KEPT: Final = 8 * 1024  # bytes; counts stand in the last few hundred
-MAX_TRIES: Final = 16  # members looked at in one document
+BODY_KEPT: Final = 16 * 1024  # bytes of a body; a longer one is cut down to half of that, or given up
+STRING_KEPT: Final = 512  # bytes; longer strings in long documents are emptied
+FIRST_KEPT: Final = 3  # documents: a request has one, and message_start is among the first
+LAST_KEPT: Final = 8  # documents: few events follow the one with the counts
 
-_COUNTED = re.compile(rb'"(?:prompt_eval_count|eval_count|usage)"[ \t\r\n]*:')
-_MODEL = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*"(?:[^"\\]|\\.)*"')
-_ESTIMATE = b'"message_start"'
-_LAST_WORD = re.compile(rb'\Adata: \[DONE\]\Z|"type": ?"(?:message_stop|response\.completed)"|"done": ?true')
-
-_decode = json.JSONDecoder().raw_decode  # json.loads() would first guess the encoding, in a third of its time
+_LEGIBLE = re.compile(rb"\s*(?:[\[{]|(?:data|event|id|retry)?:)")  # how JSON and server-sent events begin
+_INNER = re.compile(rb'(?:\A|[^:\s]|"(?:usage|timings|response|message)"\s*:)\s*\{\Z')  # or an element of an array
+# An outline shows only quotes and brackets, all of them square; on its blanks, patterns are several times faster.
+_OUTLINE = bytes({34: 34, 91: 91, 93: 93, 123: 91, 125: 93}.get(byte, 32) for byte in range(256))
+_UP_TO_BRACKET = re.compile(rb' *(?:"[^"]*" *)*[][]')
+_STRING = re.compile(rb'(?s)"[^"\\]*(?:\\.[^"\\]*)*"')
+_PART_HEAD = rb'(?i:(?:.+\r\n){,4}?content-disposition: *form-data; *name="?model"?)\r\n(?:.+\r\n){,4}\r\n'
+_TAKE_A_NAME = (b"/api/delete", b"/api/pull", b"/api/push", b"/api/show", b"/api/create")
+_LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete", "response.failed")
+_OUTSIDE_USAGE = ("prompt_eval_count", "eval_count", "tokens_evaluated", "tokens_predicted")  # Ollama, llama.cpp
+# The first of these that an answer has is its count; others are added to it where they are there.
+_PROMPT = {"prompt_tokens": (), "input_tokens": ("cache_read_input_tokens", "cache_creation_input_tokens"),
+           "prompt_eval_count": (), "tokens_evaluated": (), "cache_n": ("prompt_n",)}  # fmt: skip
+_RESPONSE = ("completion_tokens", "output_tokens", "eval_count", "tokens_predicted", "predicted_n")
 
 Counts = tuple[Optional[int], Optional[int]]
 
 
 class Excerpt:
-    """The first and the last bytes of a body: all that is kept of it."""
+    """What is kept of a body: all of a short one; of a long one, the first and the last documents by rule 2."""
 
     def __init__(self) -> None:
-        self.head = b""
-        self._tail = bytearray()
+        self.tail = bytearray()
+        self._shortened = False  # if it is, and nothing is left, the body was given up
 
     def add(self, content: bytes) -> None:
         """Take note of the next bytes."""
-        if len(self.head) < HEAD_KEPT:
-            self.head += content[: HEAD_KEPT - len(self.head)]
-        self._tail += content[-TAIL_KEPT:]
-        if len(self._tail) > 2 * TAIL_KEPT:  # not with every token
-            del self._tail[:-TAIL_KEPT]
+        if self._shortened and not self.tail:
+            return
+        if len(content) > BODY_KEPT:  # in steps, since shortening takes several times the size
+            for at in range(0, len(content), BODY_KEPT):
+                self.add(content[at : at + BODY_KEPT])
+            return
+        self.tail += content
+        if len(self.tail) > BODY_KEPT:
+            self.tail[:], self._shortened = _shortened(bytes(self.tail)), True
 
-    @property
-    def tail(self) -> bytes:
-        """The last TAIL_KEPT bytes."""
-        return bytes(self._tail[-TAIL_KEPT:])
+    def documents(self) -> list[bytes]:
+        """What is left of the documents; the first may be what stands before an event's data.
+
+        Long ones are emptied, so that the JSON parser meets no nesting too deep for it.
+        """
+        documents = _documents(bytes(self.tail))
+        return [_emptied(each) if self._shortened or len(each) > 2 * STRING_KEPT else each for each in documents]
 
 
-def token_counts(content_type: bytes, answer: Excerpt) -> Counts:
+def token_counts(answer: Excerpt) -> Counts:
     """(prompt tokens, response tokens), each None where the answer does not say."""
-    for document in _documents(content_type.partition(b";")[0].strip().lower(), answer.tail):
-        for usage in _usages(document):
-            prompt, response = _counts(usage)
-            if prompt or response:  # Ollama's /v1/completions says 0 and 0 until it knows
-                # llama.cpp counts an Anthropic prompt in message_start, and nowhere else.
-                if prompt is None:
-                    begun = (line for line in answer.head.splitlines() if _ESTIMATE in line)
-                    prompt = next((_counts(usage)[0] for line in begun for usage in _usages(line)), None)
-                return prompt, response
+    documents = answer.documents()
+    for document in reversed(documents):
+        prompt, response = _counts(_parsed(document))
+        if prompt or response:  # Ollama's /v1/completions says 0 and 0 until it knows
+            if prompt is None:  # llama.cpp counts an Anthropic prompt in message_start, and nowhere else
+                begun = map(_json_object, documents[:FIRST_KEPT])
+                prompt, _ = _counts([event.get("message") for event in begun if event.get("type") == "message_start"])
+            return prompt, response
     return None, None
 
 
-def _documents(media_type: bytes, tail: bytes) -> list[bytes]:
-    """Where counts may stand, the likeliest first."""
-    if media_type == b"application/json":
-        return [tail]
-    if media_type == b"application/x-ndjson":
-        return tail.splitlines()[::-1]
-    if media_type == b"text/event-stream":
-        return [line for line in tail.splitlines()[::-1] if _ESTIMATE not in line]
-    return []
-
-
-def _counts(usage: dict[str, Any]) -> Counts:
-    prompt = _number(usage, "prompt_eval_count", "prompt_tokens")
-    if prompt is None and (prompt := _number(usage, "input_tokens")) is not None:
-        for cached in ("cache_read_input_tokens", "cache_creation_input_tokens"):  # which Anthropic leaves out of it
-            prompt += _number(usage, cached) or 0
-    return prompt, _number(usage, "eval_count", "completion_tokens", "output_tokens")
-
-
-def _number(usage: dict[str, Any], *names: str) -> int | None:
-    """The first of these members that is there, and a count."""
-    for name in names:
-        number = usage.get(name)
-        if type(number) is int and 0 <= number < 2**53:
-            return number
-    return None
-
-
-def _usages(document: bytes) -> Iterator[dict[str, Any]]:
-    """Objects of the document's own that may hold counts."""
-    for match in [*_COUNTED.finditer(document)][-MAX_TRIES:]:
-        rest = document[match.start() :]
-        # The member stands at the top, or in the one object that an event holds.
-        members = _json_object(b"{" + rest) or _json_object(b'{"":{' + rest).get("")
-        usage = members.get("usage", members) if isinstance(members, dict) else None
-        if usage and isinstance(usage, dict):
-            yield usage
-
-
 def has_said_all(answer: Excerpt) -> bool:
-    """Whether the last line of a stream is its last word, on which clients leave without awaiting the body's end."""
-    return bool(_LAST_WORD.search(answer.tail.rstrip().rpartition(b"\n")[2]))
+    """Whether a stream has said its last word, on which clients leave without awaiting the body's end."""
+    last = answer.documents()[-1].strip().removeprefix(b"data:")
+    said = _json_object(last)
+    return last.split()[:1] == [b"[DONE]"] or said.get("done") is True or said.get("type") in _LAST_EVENTS
 
 
-def model_name(request: Excerpt) -> str | None:
-    """The "model" at the top of a JSON request, if it stands in its last or first bytes."""
-    model = _json_object(request.tail).get("model")  # of a short request, the tail is all
-    if not isinstance(model, str):
-        models = (_json_object(part).get("model") for part in _around_model(request))
-        model = next((name for name in models if isinstance(name, str)), None)
-    return model and model[:MAX_LOGGED]
+def model_name(target: bytes, content_type: bytes, request: Excerpt) -> str | None:
+    """The model that a request names; where it names several, the one that Ollama takes."""
+    if request.tail.startswith(b"--"):
+        boundary = content_type.partition(b"boundary=")[2].partition(b";")[0].strip(b' "')
+        part = _model_part(bytes(request.tail), b"--" + boundary)
+        return part[1].decode(errors="replace")[:MAX_LOGGED] if part else None
+    path = urllib.parse.unquote_to_bytes(target.partition(b"?")[0])  # Ollama serves /api/%70ull, too
+    first = request.documents()[0]
+    asked = _json_object(first, _decode_as_go)
+    if not asked:  # perhaps it was broken off; up to the last comma there are mostly whole members
+        asked = _json_object(_emptied(first).rpartition(b",")[0] + b"}", _decode_as_go)
+    model = asked.get("source" if path == b"/api/copy" else "model") or (path in _TAKE_A_NAME and asked.get("name"))
+    return model[:MAX_LOGGED] if model and isinstance(model, str) else None
 
 
-def _around_model(request: Excerpt) -> Iterator[bytes]:
-    """What of a long request shows a "model" at its top, from there to the end, or from the beginning to there."""
-    for match in [*_MODEL.finditer(request.tail)][-MAX_TRIES:]:
-        yield b"{" + request.tail[match.start() :]
-    for match in [*_MODEL.finditer(request.head)][:MAX_TRIES]:
-        yield request.head[: match.end()] + b"}"
+def _documents(body: bytes) -> list[bytes]:
+    """The first and the last documents of a body, by rule 1."""
+    if not _LEGIBLE.match(body) or b"\n" not in body:
+        return [body if _LEGIBLE.match(body) else b""]
+    documents = body.replace(b"\r", b"").replace(b"}\n{", b"}\ndata:{").split(b"\ndata:")
+    return documents[:FIRST_KEPT] + documents[FIRST_KEPT:][-LAST_KEPT:]
 
 
-def _json_object(text: bytes) -> dict[str, Any]:
-    """An object, or an empty one for everything else."""
+def _shortened(body: bytes) -> bytes:
+    """What has to be kept of a body's beginning, more of which may follow; nothing if it is given up."""
+    if body.startswith(b"--"):  # multipart/form-data: the model's part may have begun at the end
+        boundary = body.partition(b"\r\n")[0]
+        part = _model_part(body, boundary)
+        short = part[0][2:] if part else boundary + b"\r\n\r\n" + body[-BODY_KEPT // 4 :]
+    else:
+        documents = _documents(body)
+        if sum(map(len, documents)) > BODY_KEPT // 3:
+            documents = [_emptied(document) for document in documents]
+        short = b"\ndata:".join(documents)
+    return short if len(short) <= BODY_KEPT // 2 else b""
+
+
+def _emptied(document: bytes) -> bytes:
+    """A document's beginning, more of which may follow, without what rule 2 leaves out."""
+    masked = document.replace(b"\\\\", b"__").replace(b'\\"', b"__")  # now each quote begins or ends a string
+    end = masked.rfind(b'"') if masked.count(b'"') % 2 else len(masked)  # where an unfinished string begins
+    outline, kept, at, hidden = masked[:end].translate(_OUTLINE) + b"]", [b""], 0, 0  # ] always matches
+    while (step := _UP_TO_BRACKET.match(outline, at)) and step.end() <= end:
+        text, at = document[at : step.end()], step.end()
+        opens, was_hidden = outline[at - 1] == ord("["), hidden
+        if hidden or (opens and kept[1:] and not _INNER.search(text[-32:])):
+            hidden += 1 if opens else -1
+        kept.append((b"" if hidden else text[-1:]) if was_hidden else text)
+    kept.append(b"[" * (hidden - 1) if hidden else document[at:end])
+    short = _STRING.sub(lambda string: string[0] if len(string[0]) <= STRING_KEPT else b'""', b"".join(kept))
+    too_long = b'"' + b"_" * STRING_KEPT + b"\\" * masked.endswith(b"\\")  # still too long, still in an escape
+    return short + (document[end:] if len(document) - end <= STRING_KEPT else too_long)
+
+
+def _model_part(body: bytes, boundary: bytes) -> re.Match[bytes] | None:
+    """The first part named model in a multipart/form-data body."""
+    mark = b"\r\n" + re.escape(boundary)
+    return re.search(mark + b"\r\n" + _PART_HEAD + b"(.*)" + mark, b"\r\n" + body)
+
+
+_decode = json.JSONDecoder().raw_decode  # json.loads() would guess the encoding, and refuse what follows the document
+_decode_as_go = json.JSONDecoder(  # as Ollama reads: names in any case, the last one wins, null says nothing
+    object_pairs_hook=lambda members: {name.casefold(): value for name, value in members if value is not None},
+    parse_int=float,  # int() would refuse numbers of 5000 digits
+).raw_decode
+
+
+def _parsed(document: bytes, decode: Callable[[str], Any] = _decode) -> Any:
+    """The value of a document, None if it has none."""
     try:
-        document = text.decode().strip()
-        value, end = _decode(document)
+        return decode(document.decode(errors="replace").lstrip("\n dat:"))[0]  # the first may begin with "data:"
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) and end == len(document) else {}
+        return None
+
+
+def _json_object(document: bytes, decode: Callable[[str], Any] = _decode) -> dict[str, Any]:
+    """An object, or an empty one for everything else."""
+    return _inner(_parsed(document, decode))
+
+
+def _inner(value: Any) -> dict[str, Any]:
+    """A member that should be an object, or an empty one in its place."""
+    return value if isinstance(value, dict) else {}
+
+
+def _counts(value: Any) -> Counts:
+    """What a document counts; llama.cpp answers several prompts with an array of documents, which are added up."""
+    told: dict[str, int] = {}
+    for document in map(_inner, value if isinstance(value, list) else [value]):
+        numbers = {name: document[name] for name in _OUTSIDE_USAGE if name in document}
+        for usage in (document.get("timings"), _inner(document.get("response")).get("usage"), document.get("usage")):
+            numbers.update(_inner(usage))
+        for name, number in numbers.items():
+            if type(number) is int and 0 <= number < 2**53:
+                told[name] = told.get(name, 0) + number
+    prompts = (told[name] + sum(told.get(more, 0) for more in added) for name, added in _PROMPT.items() if name in told)
+    return next(prompts, None), next((told[name] for name in _RESPONSE if name in told), None)
 
 
 # --- Audit log ---
@@ -1694,7 +1746,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _forward(self, request: Request) -> bool:
         """Send the request on and bring the answer; True if the connection can carry another request."""
-        gateway, content_type = self.gateway, b""
+        gateway = self.gateway
         without = b"origin" if self.cors else b""  # Ollama would refuse it
         head = forwarded_head(request, self.settings.upstream, self.peer, without)
         exchange = Exchange(gateway.pool, gateway.relay, self.wire, request, self.settings)
@@ -1707,16 +1759,14 @@ class Handler(socketserver.BaseRequestHandler):
                 exchange.upload()
                 answer = exchange.read_head()
                 if answer.status >= 200:
-                    content_type = answer.fields.get(b"content-type", b"")
                     return self._bring(request, exchange, answer)
                 if answer.status > 100 and request.version == b"1.1":  # nobody asked the upstream for a 100
                     self._send(answer_head(answer, self.settings.upstream))
             raise UpstreamError(502, "the upstream sends interim answers without end")
         finally:
             exchange.end()
-            self.record["model"] = model_name(exchange.sent)
-            counts = token_counts(content_type, exchange.received)
-            self.record["prompt_tokens"], self.record["response_tokens"] = counts
+            self.record["model"] = model_name(request.target, request.fields.get(b"content-type", b""), exchange.sent)
+            self.record["prompt_tokens"], self.record["response_tokens"] = token_counts(exchange.received)
 
     def _bring(self, request: Request, exchange: Exchange, answer: Answer) -> bool:
         """Bring the answer to the client; True if the connection can carry another request."""

@@ -26,6 +26,7 @@ import sys
 import textwrap
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta, timezone
@@ -543,7 +544,9 @@ def test_a_client_that_leaves_frees_the_upstream_within_a_second(
 
 @pytest.mark.parametrize(("last", "status"), [
     ("data: [DONE]", 200), ('data: {"type":"message_stop"}', 200), ('{"response":"","done":true,"eval_count":5}', 200),
+    ("data:[DONE]", 200), ('data: {"type":"response.incomplete"}', 200),
     ('data: {"choices":[]}', 499), ('{"response":"\\"done\\": true","done":false}', 499),
+    ('{"message":{"tool_calls":[{"function":{"arguments":{"done":true}}}]},"done":false}', 499),
 ])  # fmt: skip
 def test_a_client_that_leaves_on_the_last_word_has_had_its_answer(
     gate: RunningGateway, upstream: FakeUpstream, last: str, status: int
@@ -1389,31 +1392,43 @@ COUNTS = {
 }  # fmt: skip
 
 
-def content_of(message: bytes) -> tuple[bytes, bytes]:
-    """(content type, content) of a recorded answer."""
+def content_of(message: bytes) -> bytes:
+    """The content of a recorded answer."""
     found = gateway.split_head(message)
     assert found
     answer = gateway.parse_answer(found[0], b"POST")
-    return answer.fields.get(b"content-type", b""), gateway.BodyReader(answer.framing).feed(found[1])
+    return gateway.BodyReader(answer.framing).feed(found[1])
 
 
 @pytest.mark.parametrize(("name", "expected"), COUNTS.items(), ids=COUNTS.keys())
 def test_what_a_real_ollama_counted(name: str, expected: gateway.Counts) -> None:
-    content_type, content = content_of(recorded(name))
+    content = content_of(recorded(name))
     for step in (1, 7, 1000, len(content)):
-        excerpt = gateway.Excerpt()
-        for at in range(0, len(content), step):
-            excerpt.add(content[at : at + step])
-        assert gateway.token_counts(content_type, excerpt) == expected
+        assert gateway.token_counts(excerpt_of(content, step)) == expected
 
 
-def counts(content: str, content_type: bytes = b"application/json") -> gateway.Counts:
-    excerpt = gateway.Excerpt()
-    excerpt.add(content.encode())
-    return gateway.token_counts(content_type, excerpt)
+def excerpt_of(content: str | bytes, step: int = 1 << 30) -> gateway.Excerpt:
+    """What is kept of a body that comes in pieces of that size."""
+    content, excerpt = content.encode() if isinstance(content, str) else content, gateway.Excerpt()
+    for at in range(0, len(content), step):
+        excerpt.add(content[at : at + step])
+        assert len(excerpt.tail) <= gateway.BODY_KEPT
+    return excerpt
+
+
+def counts(content: str | bytes) -> gateway.Counts:
+    """The counts of an answer, which must not depend on how it is cut into pieces."""
+    found = gateway.token_counts(excerpt_of(content))
+    assert all(gateway.token_counts(excerpt_of(content, step)) == found for step in (1, 61, 4093, 70_000))
+    return found
 
 
 LONG = "word " * 10_000
+VECTOR = [0.123456789] * 3000
+NUMBERS = list(range(9000))
+LOGPROBS = [{"token": "w", "logprob": -0.1, "bytes": [119], "top_logprobs": [{"token": '"]}', "bytes": [1]}]}] * 500
+TIMINGS = '"timings":{"cache_n":236,"prompt_n":1,"prompt_ms":30.9,"predicted_n":35,"predicted_ms":661.0}'
+NATIVE = '{"content":"x","generation_settings":{"seed":1},"tokens_predicted":12,"tokens_evaluated":41,"tokens_cached":52}'
 IMITATION = '"prompt_eval_count":666,"eval_count":666,"usage":{"prompt_tokens":666,"completion_tokens":666}'
 TOOL_CALL = '{"message":{"tool_calls":[{"function":{"arguments":{' + IMITATION + "}}}]}"
 OTHER_ANSWERS = {
@@ -1431,6 +1446,36 @@ OTHER_ANSWERS = {
     "pretty print": (json.dumps({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}, indent=2), (1, 2)),
     "usage before the text": (json.dumps({"usage": {"prompt_tokens": 1, "completion_tokens": 2}, "choices": [{"text": "x"}]}), (1, 2)),
     "usage that is not the only one": ('{"usage":{"prompt_tokens":1},"":5}', (1, None)),
+    "usage before 36 KB of vectors, llama.cpp": (
+        json.dumps({"model": "m", "usage": {"prompt_tokens": 8, "total_tokens": 8}, "data": [{"embedding": VECTOR}, {"embedding": VECTOR}]}), (8, None)),
+    "usage behind them": (json.dumps({"data": [{"embedding": VECTOR}], "usage": {"prompt_tokens": 8}}), (8, None)),
+    "vectors in Base64": (json.dumps({"usage": {"prompt_tokens": 8}, "data": [{"embedding": "A/+=" * 20_000}]}), (8, None)),
+    "counts between context and logprobs, Ollama": (json.dumps({
+        "response": LONG, "done": True, "context": NUMBERS, "prompt_eval_count": 30, "eval_count": 60, "logprobs": LOGPROBS}), (30, 60)),
+    "counts before token ids, vLLM": (json.dumps({
+        "choices": [{"text": LONG, "token_ids": NUMBERS}], "usage": {"prompt_tokens": 3, "completion_tokens": 4}, "prompt_token_ids": NUMBERS}), (3, 4)),
+    "a long answer, pretty": (json.dumps({"usage": {"prompt_tokens": 3, "completion_tokens": 4}, "ids": NUMBERS, "x": [{}, {}]}, indent=1), (3, 4)),
+    "usage with much around it, Responses API": (json.dumps({
+        "instructions": LONG, "output": [{"content": [{"text": LONG}]}], "usage": {"input_tokens": 5, "output_tokens": 6}, "tools": LOGPROBS}), (5, 6)),
+    "transcription": ('{"text":"hello","usage":{"type":"tokens","input_tokens":14,"output_tokens":45}}', (14, 45)),
+    "/completion of llama.cpp": (NATIVE, (41, 12)),
+    "/infill of llama.cpp": (f" [{NATIVE}]", (41, 12)),
+    "several prompts at once, llama.cpp": (f"[{NATIVE},{NATIVE}]", (82, 24)),
+    "several long prompts": (f"[{NATIVE},{json.dumps({'prompt': LONG, 'tokens': NUMBERS})},{NATIVE}]", (82, 24)),
+    "timings": ("{" + TIMINGS + "}", (237, 35)),
+    "usage beside timings": ('{"usage":{"prompt_tokens":9,"completion_tokens":8},' + TIMINGS + "}", (9, 8)),
+    "timings that leave out what was cached": ('{"timings":{"prompt_n":1,"predicted_n":35}}', (None, 35)),
+    "a question of how many tokens there would be": ('{"input_tokens":14}', (None, None)),
+    "an imitation as deep arguments, and counts before": (
+        '{"prompt_eval_count":1,"eval_count":2,"message":{"tool_calls":[{"arguments":' + json.dumps({"x": [{"usage": {"prompt_tokens": 6}}] * 900}) + "}]}}", (1, 2)),
+    "an imitation as a long answer's arguments": ('{"message":{"x":{' + IMITATION + '},"content":' + json.dumps(LONG) + "}}", (None, None)),
+    "an imitation at every place where a long text may be cut": (json.dumps({"response": ("\\" + IMITATION) * 300}), (None, None)),
+    "lines of an imitation in a text": (json.dumps({"response": '}\n{"eval_count":6}\ndata: {"eval_count":6}\n' * 900}), (None, None)),
+    "text that is no JSON": ('It says:\ndata: {"usage":{"prompt_tokens":6}}\n{"eval_count":6}', (None, None)),
+    "compressed": (zlib.compress(b'{"prompt_eval_count":1,"eval_count":2}'), (None, None)),
+    "broken off behind the counts": ('{"prompt_eval_count":1,"eval_count":2,"context":[' + "1," * 20_000, (None, None)),
+    "thousands of members": ('{"eval_count":1' + ',"x":1,"usage":{}' * 9000 + "}", (None, None)),
+    "deep nesting behind the counts": ('{"eval_count":5,"x":' + "[" * 4000 + "]" * 4000 + "}", (None, 5)),
     "deep nesting": ('{"eval_count":' + "[" * 8000, (None, None)),
     "nothing": ("", (None, None)),
     "no JSON": ("eval_count: 5", (None, None)),
@@ -1438,45 +1483,147 @@ OTHER_ANSWERS = {
 
 
 @pytest.mark.parametrize(("content", "expected"), OTHER_ANSWERS.values(), ids=OTHER_ANSWERS.keys())
-def test_only_the_answers_own_counts_count(content: str, expected: gateway.Counts) -> None:
+def test_only_the_answers_own_counts_count(content: str | bytes, expected: gateway.Counts) -> None:
     assert counts(content) == expected
 
 
+EVENT = 'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
 STREAMS = {
-    "an error inside a stream": ("application/x-ndjson", '{"response":"a","done":false}\n{"error":"boom"}\n', (None, None)),
-    "a stream cut before its counts": ("application/x-ndjson", '{"response":"a","done":false}\n{"respon', (None, None)),
-    "message_start alone": ("text/event-stream", 'data: {"type":"message_start","message":{"usage":{"input_tokens":9,'
-                            '"output_tokens":1}}}\n\n', (None, None)),
+    "an error inside a stream": ('{"response":"a","done":false}\n{"error":"boom"}\n', (None, None)),
+    "a stream cut before its counts": ('{"response":"a","done":false}\n{"respon', (None, None)),
+    "Ollama's lines": ('{"response":"a","done":false}\n' * 900 + '{"done":true,"prompt_eval_count":18,"eval_count":3}\n', (18, 3)),
+    "lines that end in CR LF": ('{"response":"a"}\r\n' * 2000 + '{"done":true,"prompt_eval_count":18,"eval_count":3}\r\n', (18, 3)),
+    "a last line with a long context": ('{"response":"a"}\n' * 900 + json.dumps({"context": NUMBERS, "prompt_eval_count": 18, "eval_count": 3}), (18, 3)),
+    "message_start alone": ('event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":9,"output_tokens":1}}}\n\n', (None, None)),
     "llama.cpp, which counts the prompt only at the start": (
-        "text/event-stream", 'data: {"type":"message_start","message":{"usage":{"input_tokens":1,"cache_read_input_tokens":30}}}\n\n'
-        + "data: {}\n\n" * 2000 + 'data: {"type":"message_delta","usage":{"output_tokens":7}}\n\n', (31, 7)),
-    "usage null in every chunk but the last": ("text/event-stream; charset=utf-8", 'data: {"usage":null}\n\ndata: {"usage":{"prompt_tokens":3,'
-                                               '"completion_tokens":4}}\n\ndata: [DONE]\n\n', (3, 4)),
-    "plain text": ("text/plain", '{"prompt_eval_count":1,"eval_count":2}', (None, None)),
+        'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":1,"cache_read_input_tokens":30}}}\n\n'
+        + "data: {}\n\n" * 2000 + 'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":7}}\n\ndata: {"type":"message_stop"}\n\n', (31, 7)),
+    "an estimate at the start, corrected at the end": (
+        'data: {"type":"message_start","message":{"usage":{"input_tokens":1}}}\n\ndata: {"usage":{"input_tokens":2,"output_tokens":7}}\n\n', (2, 7)),
+    "message_start as a tool's argument": (
+        'data: {"type":"x","arguments":{"type":"message_start","message":{"usage":{"input_tokens":1}}}}\n\ndata: {"usage":{"output_tokens":7}}\n\n', (None, 7)),
+    "usage null in every chunk but the last": (
+        'data: {"usage":null}\n\ndata: {"usage":{"prompt_tokens":3,"completion_tokens":4}}\n\ndata: [DONE]\n\n', (3, 4)),
+    "no blank behind data:": (EVENT * 900 + 'data:{"usage":{"prompt_tokens":12,"completion_tokens":7}}\n\ndata:[DONE]\n\n', (12, 7)),
+    "comments and ids": (': ping\n\nid: 1\ndata: {"usage":{"prompt_tokens":3,"completion_tokens":4}}\n\n: ping\n\n', (3, 4)),
+    "timings in the last chunk": (EVENT * 900 + 'data: {"choices":[],' + TIMINGS + "}\n\ndata: [DONE]\n\n", (237, 35)),
+    "events of /completion": (f"data: {NATIVE}\n\n", (41, 12)),
+    "a Responses API's last event, which holds all of the answer": (
+        'event: response.completed\ndata: ' + json.dumps({"type": "response.completed", "response": {
+            "instructions": LONG, "output": LOGPROBS, "usage": {"input_tokens": 5, "output_tokens": 6}, "input_messages": NUMBERS}}) + "\n\n", (5, 6)),
+    "an imitation in an event": ('data: {"item":{"arguments":{' + IMITATION + '},"response":{' + IMITATION + "}}}\n\n", (None, None)),
+    "a second answer's beginning": ('data: {"usage":{"prompt_tokens":3}}\n\nda', (3, None)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("content_type", "content", "expected"), STREAMS.values(), ids=STREAMS.keys())
-def test_counts_of_streams(content_type: str, content: str, expected: gateway.Counts) -> None:
-    assert counts(content, content_type.encode()) == expected
+@pytest.mark.parametrize(("content", "expected"), STREAMS.values(), ids=STREAMS.keys())
+def test_counts_of_streams(content: str, expected: gateway.Counts) -> None:
+    assert counts(content) == expected
+
+
+@pytest.mark.parametrize(("end", "expected"), [
+    ("data: [DONE]\n\n", True), ("data:[DONE]", True), ('data: {"type":"message_stop"}\n\n', True),
+    ('data: {"type": "response.completed","response":{}}', True), ('data: {"type":"response.incomplete"}\n\n', True),
+    ('event: response.failed\ndata: {"type":"response.failed","response":' + json.dumps({"output": LOGPROBS}) + "}\n\n", True),
+    ('{"response":"","done":true,"eval_count":5}\n', True), ('{"done": true}', True),
+    ('{"context":' + json.dumps(NUMBERS) + ',"done": true}', True),
+    ('data: {"choices":[]}\n\n', False), ('{"response":"\\"done\\": true","done":false}\n', False), ('{"done":true', False),
+    ('{"message":{"tool_calls":[{"function":{"arguments":{"id":3,"done":true}}}]},"done":false}\n', False),
+    ('data: {"type":"response.output_item.done","item":{"arguments":{"type":"message_stop","done":true}}}\n\n', False),
+    ('data: [DONE]\n\ndata: {}\n\n', False), ('data: {"x":"[DONE]"}', False), ("", False),
+])  # fmt: skip
+def test_the_last_word_of_a_stream(end: str, expected: bool) -> None:
+    longer = ('{"response":"a"}\n' * 2000 if end.startswith("{") else EVENT * 900) + end
+    for step in (1, 61, 4093, 1 << 20):
+        assert gateway.has_said_all(excerpt_of(end, step)) is expected
+        assert gateway.has_said_all(excerpt_of(longer, step)) is expected
+
+
+def model_of(body: str | bytes, target: str = "/api/chat", content_type: str = "application/json") -> str | None:
+    """The model of a request, which must not depend on how its body is cut into pieces."""
+    found = {gateway.model_name(target.encode(), content_type.encode(), excerpt_of(body, step)) for step in (1, 61, 4093, 1 << 20)}
+    assert len(found) == 1
+    return found.pop()
+
+
+MODELS = {
+    "first": ('{"model":"llama3.2","messages":[]}', "llama3.2"),
+    "last": (json.dumps({"messages": [{"content": LONG}], "model": "last"}), "last"),
+    "between messages and tools, as SDKs put it": (json.dumps({"messages": [{"content": LONG}], "model": "mid", "tools": [{"f": {"x": LONG}}] * 9}), "mid"),
+    "before an image": (json.dumps({"model": "a", "messages": [{"images": ["abcd" * 50_000]}]}), "a"),
+    "escaped": ('{"model": "a\\"b\\u00fc", "prompt":"' + LONG + '"}', 'a"bü'),
+    "beside a nested one": ('{"options":{"model":"nested"},"model":"top"}', "top"),
+    "beside a nested one, long": (json.dumps({"options": {"model": "nested"}, "model": "top", "message": {"model": "x"}, "prompt": LONG}), "top"),
+    "twice": ('{"model":"a","prompt":"","model":"b"}', "b"),
+    "in another case": ('{"model":"a","MODEL":"b"}', "b"),
+    "in another case, and again": ('{"model":"a","MODEL":"b","model":"c"}', "c"),
+    "in another case, long": ('{"Model":"a","prompt":' + json.dumps(LONG) + ',"mODEL":"b"}', "b"),
+    "with an escape in its name": ('{"model":"a","\\u006dodel":"b"}', "b"),
+    "null says nothing": ('{"model":"a","model":null}', "a"),
+    "two documents": ('{"model":"a"}\n{"model":"b"}', "a"),
+    "two documents in a line": ('{"model":"a"} {"model":"b"}', "a"),
+    "two long documents": ('{"model":"a","prompt":' + json.dumps(LONG) + "}\n" + '{"model":"b"}\n' * 9000, "a"),
+    "broken UTF-8, which Ollama takes": (b'{"model":"a","prompt":"\xff"}', "a"),
+    "a number of 5000 digits": ('{"model":"a","x":' + "9" * 5000 + "}", "a"),
+    "deep nesting": ('{"x":' + "[" * 4000 + "]" * 4000 + ',"model":"a"}', "a"),
+    "broken off": ('{"model":"a","messages":[{"role":"user","content":"' + LONG, "a"),
+    "behind an imitation": ('{"a\\"model":"x","model":"real"}', "real"),
+    "an imitation alone": ('{"a\\"model":"x","prompt":"' + LONG + '"}', None),
+    "in a text": ('{"prompt":"\\"model\\":\\"quoted\\""}', None),
+    "nested": ('{"options":{"model":"nested"}}', None),
+    "empty": ('{"model":""}', None), "a number": ('{"model":5}', None),
+    "a list": ('["model"]', None), "no JSON": ("not json", None), "nothing": ("", None),
+    "a name where it is no model's": ('{"name":"x"}', None),
+    "thousands": ("{" + '"model":"x",' * 9000 + '"model":"y"}', None),
+    "compressed": (zlib.compress(b'{"model":"x"}'), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "model"), MODELS.values(), ids=MODELS.keys())
+def test_the_model_is_the_one_at_the_top(body: str | bytes, model: str | None) -> None:
+    assert model_of(body) == model
+
+
+@pytest.mark.parametrize(("target", "body", "model"), [
+    *((f"/api/{verb}", {"name": "llama3:13b"}, "llama3:13b") for verb in ("delete", "pull", "push", "show", "create")),
+    ("/api/show?x=1", {"model": "", "name": "x"}, "x"), ("/api/pull", {"model": "a", "name": "b"}, "a"),
+    ("/api/%70ull", {"Name": "x"}, "x"), ("/api/create", {"name": "x", "from": "y"}, "x"),
+    ("/api/copy", {"source": "a", "destination": "b"}, "a"), ("/api/copy", {"name": "x", "model": "y"}, None),
+    ("/api/pull", {"name": ["x"]}, None), ("/v1/assistants", {"name": "Math Tutor", "model": "a"}, "a"), ("/v1/x", {"source": "a"}, None),
+])  # fmt: skip
+def test_ollamas_own_paths_have_other_names_for_the_model(target: str, body: dict[str, Any], model: str | None) -> None:
+    assert model_of(json.dumps(body), target) == model
+
+
+FILE = '--b-1\r\nContent-Disposition: form-data; name="file"; filename="a.ogg"\r\nContent-Type: audio/ogg\r\n\r\n%s\r\n'
+MODEL = '--b-1\r\nContent-Disposition: form-data; name="model"\r\n\r\n%s\r\n'
+SOUND = "\x01\x02-\r\n--" * 9000
 
 
 @pytest.mark.parametrize(("body", "model"), [
-    ('{"model":"llama3.2","messages":[]}', "llama3.2"),
-    (json.dumps({"messages": [{"content": LONG}], "model": "last"}), "last"),
-    ('{"model": "a\\"b\\u00fc", "prompt":"' + LONG + '"}', 'a"bü'),
-    ('{"options":{"model":"nested"},"model":"top"}', "top"),
-    ('{"model":"a","prompt":"","model":"b"}', "b"),
-    ('{"a\\"model":"x","model":"real"}', "real"),
-    ('{"a\\"model":"x","prompt":"' + LONG + '"}', None),
-    ('{"prompt":"\\"model\\":\\"quoted\\""}', None),
-    ('{"options":{"model":"nested"}}', None),
-    ('["model"]', None), ("not json", None), ("", None),
-], ids=["first", "last", "escaped", "beside a nested one", "twice", "behind an imitation", "an imitation alone", "in a text", "nested", "a list", "no JSON", "nothing"])  # fmt: skip
-def test_the_model_is_the_one_at_the_top(body: str, model: str | None) -> None:
-    excerpt = gateway.Excerpt()
-    excerpt.add(body.encode())
-    assert gateway.model_name(excerpt) == model
+    (FILE % SOUND + MODEL % "whisper" + "--b-1--\r\n", "whisper"), (MODEL % "whisper" + FILE % SOUND + "--b-1--\r\n", "whisper"),
+    (MODEL % "whisper" + FILE % "x" + "--b-1--\r\n", "whisper"), (MODEL % "one" + MODEL % "two" + "--b-1--\r\n", "one"),
+    (FILE % (MODEL.replace("b-1", "c") % "fake" + "--c") + "--b-1--\r\n", None), (FILE % SOUND + "--b-1--\r\n", None),
+    (FILE % (SOUND + 'Content-Disposition: form-data; name="model"\r\n\r\nfake') + "--b-1--\r\n", None),
+    (MODEL.replace("b-1", "c") % "fake" + "--c\r\n" + FILE % "x" + "--b-1--\r\n", None), ("--b-1", None), ("--", None),
+    (MODEL.replace('"model"', "model").replace("C", "c") % "whisper" + "--b-1--\r\n", "whisper"),
+    (FILE.replace("file", "model") % "fake" + "--b-1--\r\n", None),
+], ids=["behind a file", "before a file", "before a short one", "twice", "inside a file", "a file alone", "a file with a part's head",
+        "before the first part", "no end", "nothing", "without quotes", "a file's name"])  # fmt: skip
+@pytest.mark.parametrize("boundary", ["b-1", '"b-1"; charset=utf-8'], ids=["plain", "quoted"])
+def test_a_forms_model_stands_in_a_part_of_its_own(body: str, model: str | None, boundary: str) -> None:
+    assert model_of(body, "/v1/audio/transcriptions", f"multipart/form-data; boundary={boundary}") == model
+
+
+@pytest.mark.parametrize("unit", ['{"', "[", "]", "\\", '"', "[]", '["a",', '{"model":"x",', '{"usage":{', "data: {\n", "\ndata:", "}\n{", "--\r\n--",
+                                  "\r\n--x\r\na: b", ",", '{"a":[', "\x00"])  # fmt: skip
+@pytest.mark.parametrize("begun", ["", "{", '{"a":[', '{"a":"', "data: ", "--x\r\n"])
+def test_no_body_costs_much_time_or_memory(begun: str, unit: str) -> None:
+    body = (begun + unit * (LARGE // len(unit) // 4)).encode()
+    before = time.thread_time()
+    excerpt = excerpt_of(body, 5000)
+    gateway.token_counts(excerpt), gateway.has_said_all(excerpt), gateway.model_name(b"/", b"multipart/form-data; boundary=x", excerpt)
+    assert time.thread_time() - before < 1.0  # quadratic work would take a minute
 
 
 # --- Audit log ---
@@ -1493,7 +1640,7 @@ def test_no_client_can_make_a_line_that_might_block_a_pipe() -> None:
     method, path = gateway.requested(b"A" * 8000 + b" /" + "\U0001f600".encode() * 2000 + b" HTTP/1.1")
     excerpt = gateway.Excerpt()
     excerpt.add(json.dumps({"model": "\U0001f600" * 500}).encode())
-    worst = {**gateway.new_record("::1"), "key": "n" * 64, "method": method, "path": path, "model": gateway.model_name(excerpt)}
+    worst = {**gateway.new_record("::1"), "key": "n" * 64, "method": method, "path": path, "model": gateway.model_name(b"/", b"", excerpt)}
     assert len(gateway.audit_line(datetime.now(timezone.utc), worst, 1e6)) <= 4096
 
 
