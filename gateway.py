@@ -1074,18 +1074,18 @@ def _is_torn(path: str) -> bool:
 # --- Sockets ---
 # Every connection has a thread, and calls on its sockets block.  A socket's own time-out would start anew with every
 # byte, so a client that sends one now and then could hold a thread for ever.  Instead, a thread that is about to block
-# writes down until when, and what it means if that passes: its Guard.  One thread, the watchman, looks at all guards four
-# times a second and shuts down, below TLS, the socket of whoever overstays; the blocked call returns.
+# writes down until when, and what it means if that passes.  One thread, the watchman, looks at all of them four times
+# a second and shuts down, below TLS, the socket of whoever overstays: the blocked call returns.
 
 READ: Final = getattr(select, "POLLIN", 1)
 WRITE: Final = getattr(select, "POLLOUT", 4)
-GONE: Final = getattr(select, "POLLRDHUP", 0)  # Linux only: the peer has left, even behind unread bytes; else POLLHUP
+GONE: Final = getattr(select, "POLLRDHUP", 0)  # Linux: the peer has left, even behind unread bytes; elsewhere POLLHUP
 
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-# Whoever gives up the interpreter's lock for a system call, while others want it, sleeps until it comes round again.  So
-# the threads of connections take turns: one keeps its turn from the bytes that woke it until it blocks again.  That
-# makes 1000 streams twice as cheap.  An interpreter without that lock needs no turns.
+# A thread that gives up the interpreter's lock for a system call, while others want it, sleeps until it gets it back.
+# So connections' threads take turns: one keeps its turn from the bytes that woke it until it blocks again, which halves
+# the CPU of 1000 streams.  An interpreter without that lock needs no turns.
 TURN: Final = threading.Lock() if getattr(sys, "_is_gil_enabled", lambda: True)() else None
 
 
@@ -1094,26 +1094,25 @@ class ClientLeft(Exception):
 
 
 class Silence(Exception):
-    """Nothing is being asked: the connection may end without a word, also because the gateway stops."""
+    """Nothing was asked for in time: the connection may end without a word, and must when the gateway stops."""
 
 
 class Guard:
     """What the watchman knows of one client's connection.
 
-    `with guard.until(deadline, wire, overdue):` surrounds a call that blocks on that wire; if the deadline passes, the
-    call ends early, and `verdict` is `overdue`.  The lock keeps the watchman from shutting down a socket that is just
-    being closed or given away.
+    `with guard.until(deadline, wire, overdue):` surrounds a call that blocks on that wire.  If the deadline passes, the
+    call ends early, and `verdict` is `overdue`.  The lock keeps the watchman away from a socket that is just being
+    closed or handed to another connection.
     """
 
     def __init__(self, client: Wire) -> None:
-        self.lock = threading.Lock()
-        self.client = client
+        self.lock, self.client = threading.Lock(), client
         self.upstream: Wire | None = None  # while a request is in flight
-        self.wait: tuple[float, Wire, Exception] | None = None  # one attribute, so that it is read and written at once
+        self.wait: tuple[float, Wire, Exception] | None = None  # one attribute, so that all of it changes at once
         self.verdict: Exception | None = None  # why the watchman intervened
 
     def until(self, deadline: float, wire: Wire, overdue: Exception) -> Guard:
-        """Write down what the thread is going to block on; the deadline is monotonic time."""
+        """Write down what the thread is about to block on, until when (monotonic), and what it means to overstay."""
         self.wait = deadline, wire, overdue
         return self
 
@@ -1121,25 +1120,34 @@ class Guard:
         if TURN:
             TURN.release()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """The call is over.  An OSError becomes its reason."""
         if TURN:
             TURN.acquire()
-        self.wait = None
+        wait, self.wait = self.wait, None
+        if wait and isinstance(error, OSError):
+            raise self.reason(wait[1]) from error
+
+    def reason(self, wire: Wire) -> Exception:
+        """Why a call on the wire failed: the watchman's verdict, which is told once, or what it means that it broke."""
+        with self.lock:
+            verdict, self.verdict = self.verdict, None
+        return verdict or wire.failure()
 
     def look(self, now: float, left: set[Wire], stopping: bool) -> None:
-        """Intervene, if the deadline has passed or the client has left; when the gateway stops, silence is over at once."""
+        """Intervene if the deadline has passed or the client has left.  The caller holds the lock."""
         deadline, wire, overdue = self.wait or (math.inf, self.client, ClientLeft())
         if deadline < now or (stopping and isinstance(overdue, Silence)):
-            # Reading ends first: a client that is too slow is still to get its 408.  That ends no write, nor a read in which
-            # records keep coming that hold no data (TLS KeyUpdate); what is still blocked at the next look is shut down.
+            # Reading ends first, since a client that is too slow is still to get its 408.  That ends no write, and no
+            # read in which records without data keep coming (TLS KeyUpdate): the next look ends both directions.
             how = socket.SHUT_RDWR if self.verdict else socket.SHUT_RD
-            self.verdict = self.verdict or overdue  # before the thread wakes, and looks at it
+            self.verdict = self.verdict or overdue  # before the thread wakes and asks for it
             wire.shut_down(how)
         elif self.upstream and self.client in left and not self.verdict:
             self.end()
 
     def end(self) -> None:
-        """End the connection, whatever its thread is doing, as if the client had left."""
+        """End the connection, whatever its thread is doing, as if the client had left.  The caller holds the lock."""
         self.verdict = self.verdict or ClientLeft()
         for wire in filter(None, (self.client, self.upstream)):
             wire.shut_down(socket.SHUT_RDWR)
@@ -1150,14 +1158,25 @@ class Watchman:
 
     def __init__(self) -> None:
         self.stopping = False  # from then on, nobody waits for another request
-        self.lock = threading.Lock()
-        self.guards: set[Guard] = set()  # of all connections
+        self.guards: set[Guard] = set()  # of all connections; under the lock
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def watch(self, guard: Guard) -> Iterator[None]:
+        """Look at a connection for a while."""
+        with self._lock:
+            self.guards.add(guard)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.guards.remove(guard)
 
     def run(self) -> None:
-        """Look around, for ever.  Nothing in it blocks."""
+        """Look around for ever.  Nothing in it blocks."""
         while True:
             time.sleep(TICK)
-            with self.lock:
+            with self._lock:
                 guards = list(self.guards)
             left = ready([(guard.client, GONE) for guard in guards if guard.upstream], seconds=0)
             for guard in guards:
@@ -1166,7 +1185,7 @@ class Watchman:
 
     def end_all(self) -> None:
         """Break off all connections, so that what is in flight is logged."""
-        with self.lock:
+        with self._lock:
             for guard in self.guards:
                 with guard.lock:
                     guard.end()
@@ -1182,16 +1201,19 @@ class Wire:
         # A read takes at least one whole TLS record, so OpenSSL holds no plaintext that poll() cannot see.
         self._size, self._most = TLS_RECORD, TLS_RECORD if isinstance(sock, ssl.SSLSocket) else READ_SIZE
 
+    def shake_hands(self, deadline: float) -> None:
+        """Be TLS's server.  Raises Silence after the deadline; what a ClientLeft is raised from tells more."""
+        with self.guard.until(deadline, self, Silence()):
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.do_handshake()
+
     def receive(self, deadline: float, overdue: Exception) -> bytes:
         """The next bytes, b"" at the end.  Raises `overdue` after the deadline."""
-        try:
-            self._block()
-            with self.guard.until(deadline, self, overdue):
-                data = self.sock.recv(self._size)
-        except OSError:
-            raise self.guard.verdict or self.failure() from None
+        self._block()
+        with self.guard.until(deadline, self, overdue):
+            data = self.sock.recv(self._size)
         if not data and self.guard.verdict:
-            raise self.guard.verdict
+            raise self.guard.reason(self)
         # Room costs memory in every thread, so there is more of it only where reads fill it.
         self._size = self._most if len(data) == self._size else TLS_RECORD
         return data
@@ -1199,16 +1221,13 @@ class Wire:
     def send(self, data: bytes, seconds: float, overdue: Exception) -> None:
         """Send all.  Raises `overdue` when a TLS record of it takes longer than that."""
         sent = 0
-        if TURN:  # mostly all can go at once, and the turn is kept
+        if TURN:  # mostly all of it can go at once, and the thread keeps its turn
             self.sock.setblocking(False)
             sent = self.send_now(data)
-        try:
-            while sent < len(data):
-                self._block()
-                with self.guard.until(time.monotonic() + seconds, self, overdue):
-                    sent += self.sock.send(memoryview(data)[sent:])
-        except OSError:
-            raise self.guard.verdict or self.failure() from None
+        while sent < len(data):
+            self._block()
+            with self.guard.until(time.monotonic() + seconds, self, overdue):
+                sent += self.sock.send(memoryview(data)[sent:])
 
     def receive_now(self) -> bytes | None:
         """What has arrived: bytes, b"" at the end, None for nothing.  The socket must be set not to block."""
@@ -1217,7 +1236,7 @@ class Wire:
         except _NOT_NOW:
             return None
         except OSError:
-            raise self.guard.verdict or self.failure() from None
+            raise self.guard.reason(self) from None
 
     def send_now(self, data: bytes) -> int:
         """Send what can go at once; returns how much.  The socket must be set not to block.
@@ -1231,18 +1250,18 @@ class Wire:
         except _NOT_NOW:
             pass
         except OSError:
-            raise self.guard.verdict or self.failure() from None
+            raise self.guard.reason(self) from None
         return sent
 
     def linger(self) -> None:
         """Half-close, and let the peer finish sending.
 
-        To close while bytes arrive would reset the connection, and the peer could lose our answer.
+        Closing while bytes arrive would reset the connection, and the peer could lose our answer.
         """
         self._end_tls()
+        self.shut_down(socket.SHUT_WR)
         end = time.monotonic() + LINGER
-        with contextlib.suppress(OSError):
-            self.shut_down(socket.SHUT_WR)
+        with contextlib.suppress(OSError, ClientLeft, Silence):
             self._block()
             data = b"more"
             while data:
@@ -1256,9 +1275,8 @@ class Wire:
 
     def abort(self) -> None:
         """Close with a reset: the peer must not take what it has for a whole answer."""
-        no_linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
         with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
         self._close()
 
     def shut_down(self, how: int) -> None:
@@ -1266,11 +1284,9 @@ class Wire:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, how)
 
-    def has_ended(self) -> bool:
-        """Whether a socket that is ready to be read holds nothing but its end."""
-        with contextlib.suppress(OSError):
-            return not socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
-        return True
+    def fileno(self) -> int:
+        """For select()."""
+        return self.descriptor
 
     def _block(self) -> None:
         if self.sock.gettimeout() is not None:
@@ -1289,32 +1305,29 @@ class Wire:
 
 def ready(wanted: Sequence[tuple[Wire, int]], seconds: float | None) -> set[Wire]:
     """The wires on which one of their events (READ, WRITE, GONE) happens within that time; None waits for ever."""
-    if hasattr(select, "poll"):
-        poll, wires = select.poll(), {wire.descriptor: wire for wire, _ in wanted}
-        for wire, events in wanted:
-            poll.register(wire.descriptor, events)
-        return {wires[descriptor] for descriptor, _ in poll.poll(None if seconds is None else seconds * 1000)}
-    # Windows has only select(), to which a client that has left looks like one that has sent something.
-    readers = [wire.sock for wire, events in wanted if events != WRITE]
-    writers = [wire.sock for wire, events in wanted if events & WRITE]
-    found = [set(socks) for socks in select.select(readers, writers, [], seconds)] if wanted else [set(), set()]
-    return {wire for wire, events in wanted if wire.sock in found[1] or (wire.sock in found[0] and (events or wire.has_ended()))}
+    if not hasattr(select, "poll"):  # Windows, where only sending to a client tells that it has left
+        reading, writing = ([wire for wire, events in wanted if events & event] for event in (READ, WRITE))
+        readable, writable, _ = select.select(reading, writing, [], seconds) if reading or writing else ([], [], [])
+        return {*readable, *writable}
+    poll, wires = select.poll(), {wire.descriptor: wire for wire, _ in wanted}
+    for wire, events in wanted:
+        poll.register(wire.descriptor, events)
+    return {wires[descriptor] for descriptor, _ in poll.poll(None if seconds is None else seconds * 1000)}
 
 
 # --- Relay ---
-# A connection's thread may lend a running stream to the relay's thread, since to wake a thread for every token costs twice
-# the token.  The relay does one thing: when something has come from an upstream, it has it moved to the client, as far as
-# that needs no waiting.  Everything else - a slow client, the end, a fault - is for the connection's own thread, which
-# sleeps meanwhile, and which does all of the work where there is no relay.
+# A connection's thread may lend a running stream to the relay's thread, since to wake a thread for every token costs
+# twice the token.  The relay does one thing: when something has come from an upstream, it has it moved to the client, as
+# far as that needs no waiting.  Everything else - a slow client, the end, a fault - is for the connection's own thread,
+# which sleeps meanwhile, and which does all of the work where there is no relay.
 
 
 class Loan:
-    """A running stream: how to move what has arrived, and how to tell the thread that lent it."""
+    """A running stream: how to move what has arrived, and how to wake the thread that lent it."""
 
     def __init__(self, move: Callable[[], bool]) -> None:
-        self.move = move
+        self.move, self.returned = move, threading.Semaphore(0)
         self.failure: Exception | None = None
-        self.returned = threading.Semaphore(0)
 
 
 class Relay:
@@ -1324,13 +1337,12 @@ class Relay:
         self._poll = select.epoll()  # Linux only
         self._loans: dict[int, Loan] = {}  # by the descriptor of the upstream's socket
 
-    def carry(self, wire: Wire, move: Callable[[], bool]) -> None:
-        """Have move() called whenever the wire can be read, until it returns False or raises; block until then."""
-        loan = self._loans[wire.descriptor] = Loan(move)
+    def carry(self, upstream: Wire, move: Callable[[], bool]) -> None:
+        """Have move() called whenever the upstream can be read, until it returns False or raises; block until then."""
+        loan = self._loans[upstream.descriptor] = Loan(move)
         try:
-            self._poll.register(wire.descriptor, select.EPOLLIN)
+            self._poll.register(upstream.descriptor, select.EPOLLIN)
         except OSError:  # the system is short of watches, and the thread can do without
-            del self._loans[wire.descriptor]
             return
         loan.returned.acquire()
         if loan.failure:
@@ -1349,16 +1361,15 @@ class Relay:
         try:
             if loan.move():
                 return
-        except Exception as failure:  # the stream's own thread is to handle it
+        except Exception as failure:  # for the stream's own thread to handle
             loan.failure = failure
         self._poll.unregister(descriptor)
-        del self._loans[descriptor]
         loan.returned.release()
 
 
 # --- Forwarding ---
-# http.client connects, verifies an https upstream and sets the socket up.  Heads and bodies are ours:
-# http.client takes 103 for a final answer, "-5" for a length, and a body cut short for a whole one.
+# http.client finds the upstream and connects.  Heads and bodies are ours: http.client takes 103 for a final answer, "-5"
+# for a length, and a body that was cut short for a whole one.
 
 
 class UpstreamError(Refusal):
@@ -1377,7 +1388,7 @@ class Pool:
         self._idle: deque[tuple[float, Wire]] = deque()  # (since when, connection), oldest first
 
     def take(self) -> Wire | None:
-        """The kept connection that was used last.  One that has ended, or speaks unasked, is no good."""
+        """The kept connection that was used last.  One that has ended, or holds bytes nobody asked for, is no good."""
         while True:
             with self._lock:
                 if not self._idle:
@@ -1394,12 +1405,9 @@ class Pool:
 
     def prune(self) -> None:
         """Close those that are too old or too many."""
-        now, old = time.monotonic(), []
         with self._lock:
-            while self._idle and (len(self._idle) > POOL_SIZE or now - self._idle[0][0] > POOL_SECONDS):
-                old.append(self._idle.popleft()[1])
-        for wire in old:
-            wire.close()
+            while self._idle and (len(self._idle) > POOL_SIZE or time.monotonic() - self._idle[0][0] > POOL_SECONDS):
+                self._idle.popleft()[1].close()
 
     def connect(self) -> Wire:
         """A new connection.  UpstreamError 502."""
@@ -1407,7 +1415,7 @@ class Pool:
         try:
             connection.connect()
             sock = connection.sock
-            if self._tls:  # without suppress_ragged_eofs=False, an end without close_notify would not look like a cut
+            if self._tls:  # not by HTTPSConnection, for which an end without close_notify would be no cut
                 sock = self._tls.wrap_socket(sock, server_hostname=self.upstream.host, suppress_ragged_eofs=False)
         except OSError as error:
             reason = getattr(error, "verify_message", None) or error.strerror or "no answer"
@@ -1420,46 +1428,38 @@ class Exchange:
     """A request on its way to the upstream, and the answer on its way back."""
 
     def __init__(self, pool: Pool, relay: Relay | None, client: Wire, request: Request, settings: Settings) -> None:
-        self.sent, self.received = Excerpt(), Excerpt()  # of the content of the two bodies
-        self.request_body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)
-        self.upstream: Wire  # from begin() on; the guard knows it until end()
         self._pool, self._relay, self._client, self._request, self._settings = pool, relay, client, request, settings
-        self._silent = UpstreamError(504, f"the upstream was silent for {settings.upstream_timeout:g} seconds")
+        self.sent, self.received = Excerpt(), Excerpt()  # of the content of the two bodies
+        self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
+        self._upstream: Wire  # from begin() on; the guard knows it until end()
         self._opening = b""  # the head, and what of the body came with it
         self._kept = False  # whether the connection was used before, and has not proved good yet
         self._given_up = False  # whether the upstream does not get the rest of the request
-        self._body: BodyReader  # of the answer, from bring() on
-        self._outgoing = b""  # what of it the client has not taken yet
+        self._silent = UpstreamError(504, f"the upstream was silent for {settings.upstream_timeout:g} seconds")
 
     def begin(self, head: bytes) -> None:
-        """Send the head, and what of the body is here, over a kept connection or a new one.  UpstreamError 502."""
-        self._opening = head
-        if not self.request_body.done:
-            data, self._client.ahead = self._client.ahead, b""
-            self._opening += self._incoming(data)
-        kept = self._pool.take()
-        self._kept = kept is not None
-        self._open(kept or self._connect())
+        """Send the head, and what of the body is here.  UpstreamError 502."""
+        self._opening = head + (b"" if self.body.done else self._next_part(b""))
+        self._open(self._pool.take())
 
     def upload(self) -> None:
-        """Send the rest of the body, as it comes.  If the upstream answers before, the rest is given up.
+        """Send the rest of the body as it comes.  If the upstream answers before that, the rest is given up.
 
         Raises ClientError 408, ClientLeft, UpstreamError 504.
         """
-        client, upstream, seconds = self._client, self.upstream, self._settings.body_timeout
+        client, upstream, seconds = self._client, self._upstream, self._settings.body_timeout
         slow, deadline, progress = ClientError(408, "the request's body came too slowly"), time.monotonic() + seconds, 0
-        while not (self.request_body.done or self._given_up):
+        while not (self.body.done or self._given_up):
             upstream.sock.setblocking(False)
             with client.guard.until(deadline, client, slow):
                 found = ready([(client, READ), (upstream, READ)], seconds=None)
             if upstream in found and self._has_spoken():
                 self._given_up = True
             elif client in found:
-                data = client.receive(deadline, slow)
+                data, received = client.receive(deadline, slow), time.monotonic()
                 if not data:
                     raise ClientLeft
-                received = time.monotonic()
-                self._push(self._incoming(data))
+                self._push(self._next_part(data))
                 deadline += time.monotonic() - received  # in which the client could not send
                 progress += len(data)
                 if progress >= MIN_PROGRESS:
@@ -1470,13 +1470,12 @@ class Exchange:
         try:
             head = self._await_head()
         except UpstreamError as error:
-            harmless = self._request.method in IDEMPOTENT and not self._request.framing  # RFC 9110, 9.2.2
-            if not (self._kept and harmless and error.status == 502) or self.upstream.ahead:
+            harmless = self._request.method in IDEMPOTENT and not self._request.framing
+            if not (self._kept and harmless and error.status == 502) or self._upstream.ahead:
                 raise
-            # The kept connection ended just when it was used again, and the request can be sent once more.
+            # The kept connection ended just when it was used again.  This request may be sent twice (RFC 9110, 9.2.2).
             self.end()
-            self._given_up = False
-            self._open(self._connect())
+            self._open(None)
             head = self._await_head()
         self._kept = False
         answer = _upstreams(parse_answer, head, self._request.method)
@@ -1486,20 +1485,20 @@ class Exchange:
 
     def bring(self, answer: Answer, head: bytes, chunked: bool) -> None:
         """Bring the answer to the client: this head, then the content, piece by piece.  Raises as read_head() does."""
-        self._body = BodyReader(answer.framing, chunked, self.received.add)
-        data, self.upstream.ahead = self.upstream.ahead, b""
-        self._outgoing = head + _upstreams(self._body.pass_on, data)
-        while not self._body.done:
+        self._answer = BodyReader(answer.framing, chunked, self.received.add)
+        data, self._upstream.ahead = self._upstream.ahead, b""
+        self._unsent = head + _upstreams(self._answer.pass_on, data)
+        while not self._answer.done:
             self._flush()
             if self._relay and chunked:
                 self._lend(self._relay)
-            if not (self._outgoing or self._body.done):
+            if not self._unsent:
                 data = self._receive()
-                if not (data or self._body.end()):
+                if not (data or self._answer.end()):
                     raise UpstreamError(502, "the upstream closed the connection before the end of its answer")
-                self._outgoing = _upstreams(self._body.pass_on, data)
-        # Before the client gets the end: its next request, or another's, may come at once, and wants a connection.
-        self.end(reusable=keeps_alive(answer) and answer.framing != UNTIL_CLOSE and not self._body.rest)
+                self._unsent = _upstreams(self._answer.pass_on, data)
+        # Before the client has the end, after which its next request may come at once and want a connection.
+        self.end(reusable=keeps_alive(answer) and answer.framing != UNTIL_CLOSE and not self._answer.rest)
         self._flush()
 
     def end(self, reusable: bool = False) -> None:
@@ -1507,87 +1506,90 @@ class Exchange:
         guard = self._client.guard
         with guard.lock:
             upstream, guard.upstream = guard.upstream, None
-        if upstream and reusable and self.request_body.done and not (self._given_up or guard.verdict):
+        if upstream and reusable and self.body.done and not (self._given_up or guard.verdict):
             self._pool.give_back(upstream)
         elif upstream:
             upstream.abort()
 
-    def _connect(self) -> Wire:
-        with self._client.guard.until(math.inf, self._client, ClientLeft()):  # it has a time-out of its own
-            return self._pool.connect()
-
-    def _open(self, upstream: Wire) -> None:
-        """Send the opening over this connection."""
-        self.upstream, guard = upstream, self._client.guard
-        upstream.guard = guard
+    def _open(self, kept: Wire | None) -> None:
+        """Send the opening over a kept connection or a new one."""
+        guard, self._kept, self._given_up = self._client.guard, kept is not None, False
+        if not kept:
+            with guard.until(math.inf, self._client, ClientLeft()):  # connecting has a time-out of its own
+                kept = self._pool.connect()
+        self._upstream, kept.guard = kept, guard
         with guard.lock:
-            guard.upstream = upstream
+            guard.upstream = kept
         try:
-            upstream.send(self._opening, self._settings.upstream_timeout, self._silent)
+            kept.send(self._opening, self._settings.upstream_timeout, self._silent)
         except UpstreamError as error:
             if error.status != 502:
                 raise
             self._given_up = True  # an upstream that takes no more may still have answered
 
-    def _incoming(self, data: bytes) -> bytes:
-        """Bytes of the request's body as the upstream gets them; what follows the body stays with the client's wire."""
-        part = self.request_body.pass_on(data)
-        if self.request_body.done:
-            self._client.ahead = self.request_body.rest
+    def _next_part(self, data: bytes) -> bytes:
+        """The client's next bytes as the upstream gets them; what follows the body stays with the client's wire."""
+        data, self._client.ahead = self._client.ahead + data, b""
+        part = self.body.pass_on(data)
+        if self.body.done:
+            self._client.ahead = self.body.rest
         return part
 
     def _push(self, data: bytes) -> None:
-        """Send to an upstream that may answer instead of reading on: to block in a write would miss that."""
+        """Send to an upstream that may answer instead of reading on, which a write that blocks would miss."""
         try:
-            while data := data[self.upstream.send_now(data) :]:
+            while data := data[self._upstream.send_now(data) :]:
                 deadline = time.monotonic() + self._settings.upstream_timeout
-                with self._client.guard.until(deadline, self.upstream, self._silent):
-                    ready([(self.upstream, READ | WRITE)], seconds=None)
+                with self._client.guard.until(deadline, self._upstream, self._silent):
+                    ready([(self._upstream, READ | WRITE)], seconds=None)
                 if self._has_spoken():
                     self._given_up = True
                     return
         except UpstreamError:
-            self._given_up = True  # likewise
+            self._given_up = True  # as in _open()
 
     def _has_spoken(self) -> bool:
         """Whether the upstream has sent something, or ended.  It is readable for a TLS session ticket, too."""
-        data = self.upstream.receive_now()
-        self.upstream.ahead += data or b""
+        data = self._upstream.receive_now()
+        self._upstream.ahead += data or b""
         return data is not None
 
-    def _flush(self) -> None:
-        self._client.send(self._outgoing, self._settings.write_timeout, ClientLeft())
-        self._outgoing = b""
-
-    def _lend(self, relay: Relay) -> None:
-        """Let the relay bring the answer, as long as no waiting is needed."""
-        deadline = time.monotonic() + self._settings.upstream_timeout
-        self.upstream.sock.setblocking(False)
-        self._client.sock.setblocking(False)
-        with self._client.guard.until(deadline, self.upstream, self._silent):
-            _upstreams(relay.carry, self.upstream, self._move)
-
-    def _move(self) -> bool:
-        """In the relay's thread: bring what has arrived; False where the stream's own thread has to go on."""
-        data = self.upstream.receive_now()
-        if data:
-            self._outgoing = self._body.pass_on(data)
-            if not self._body.done:
-                self._outgoing = self._outgoing[self._client.send_now(self._outgoing) :]
-            self._client.guard.until(time.monotonic() + self._settings.upstream_timeout, self.upstream, self._silent)
-        return data != b"" and not self._outgoing  # the end is not sent here, see bring()
-
     def _await_head(self) -> bytes:
-        while not (found := _upstreams(split_head, self.upstream.ahead)):
+        while not (found := _upstreams(split_head, self._upstream.ahead)):
             data = self._receive()
             if not data:
                 raise UpstreamError(502, "the upstream closed the connection before it answered")
-            self.upstream.ahead += data
-        head, self.upstream.ahead = found
+            self._upstream.ahead += data
+        head, self._upstream.ahead = found
         return head
 
     def _receive(self) -> bytes:
-        return self.upstream.receive(time.monotonic() + self._settings.upstream_timeout, self._silent)
+        return self._upstream.receive(time.monotonic() + self._settings.upstream_timeout, self._silent)
+
+    def _flush(self) -> None:
+        self._client.send(self._unsent, self._settings.write_timeout, ClientLeft())
+        self._unsent = b""
+
+    def _lend(self, relay: Relay) -> None:
+        """Let the relay bring the answer, as far as that needs no waiting for the client."""
+        for wire in (self._upstream, self._client):
+            wire.sock.setblocking(False)
+        with self._renewed():
+            _upstreams(relay.carry, self._upstream, self._move)
+
+    def _move(self) -> bool:
+        """In the relay's thread: bring what has arrived; False where the stream's own thread has to go on."""
+        data = self._upstream.receive_now()
+        if data:
+            self._unsent = self._answer.pass_on(data)
+            if not self._answer.done:  # for the end, see bring()
+                self._unsent = self._unsent[self._client.send_now(self._unsent) :]
+            self._renewed()
+        return data != b"" and not self._unsent
+
+    def _renewed(self) -> Guard:
+        """The guard, with a fresh deadline for the upstream's next bytes."""
+        return self._client.guard.until(time.monotonic() + self._settings.upstream_timeout, self._upstream, self._silent)
 
 
 def _upstreams(rule: Callable[..., T], *arguments: Any) -> T:
@@ -1618,17 +1620,11 @@ class Gateway(NamedTuple):
 class Handler(socketserver.BaseRequestHandler):
     """One client's connection: a request after the other, and a line in the log for each."""
 
-    def __init__(self, gateway: Gateway, request: Any, client_address: Any, server: Any) -> None:
-        self.gateway, self.settings = gateway, gateway.settings
+    def __init__(self, gateway: Gateway, wire: Wire, client_address: Any, server: Any) -> None:
+        self.gateway, self.settings, self.wire = gateway, gateway.settings, wire
         self.peer = client_address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
-        self.wire = Wire(request, ClientLeft)
         self.unread = False  # whether the client may still be sending a request that has been answered
-        super().__init__(request, client_address, server)  # which calls setup(), handle() and finish()
-
-    def setup(self) -> None:
-        """Let the watchman look at this connection."""
-        with self.gateway.watchman.lock:
-            self.gateway.watchman.guards.add(self.wire.guard)
+        super().__init__(wire.sock, client_address, server)  # which calls handle()
 
     def handle(self) -> None:
         """The life of a connection."""
@@ -1640,33 +1636,31 @@ class Handler(socketserver.BaseRequestHandler):
             self.wire.linger()
 
     def finish(self) -> None:
-        """Close it."""
-        with self.gateway.watchman.lock:
-            self.gateway.watchman.guards.remove(self.wire.guard)
+        """Close it, whatever happened."""
         self.wire.close()
 
     def _shake_hands(self) -> bool:
         """Whether TLS is set up.  Clients that connect and leave, as browsers and health checks do, are no news."""
         try:
-            with self.wire.guard.until(time.monotonic() + self.settings.handshake_timeout, self.wire, Silence()):
-                self.request.do_handshake()
+            self.wire.shake_hands(time.monotonic() + self.settings.handshake_timeout)
             return True
-        except ssl.SSLError as error:
-            if error.reason == "HTTP_REQUEST":
-                self._answer_plain_http()
-            elif not isinstance(error, ssl.SSLEOFError):
-                hint = f"clients must trust {self.settings.cert} and speak TLS 1.2 or 1.3"
-                self.gateway.report_seldom(f"a TLS handshake with {self.peer} failed: {error.reason}; {hint}")
-        except OSError:
-            pass
+        except (ClientLeft, Silence) as failure:
+            error = failure.__cause__
+        reason = error.reason if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError) else ""
+        if reason == "HTTP_REQUEST":
+            self._answer_plain_http()
+        elif reason:
+            hint = f"clients must trust {self.settings.cert} and speak TLS 1.2 or 1.3"
+            self.gateway.report_seldom(f"a TLS handshake with {self.peer} failed: {reason}; {hint}")
         return False
 
     def _answer_plain_http(self) -> None:
-        """The client sent http:// to this port.  Its request is unreadable by now, so only the answer is logged."""
+        """Tell a client that sent http:// to this port.  OpenSSL has read its request, so the log cannot say more."""
         record = {**new_record(self.peer), "status": 400}
         append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), record, 0))
-        answer = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\nThis port speaks https.\n"
-        socket.socket.send(self.request, answer)  # below TLS
+        head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+        with contextlib.suppress(OSError):
+            socket.socket.send(self.wire.sock, head + b"This port speaks https.\n")  # below TLS
         self.unread = True
 
     def _await_request(self, seconds: float) -> bool:
@@ -1703,9 +1697,9 @@ class Handler(socketserver.BaseRequestHandler):
         except ClientLeft:
             self.record["status"] = 499
             self.wire.abort()
-        except Exception as error:  # a fault of our own, or a lack of memory: it costs this connection, and is told
+        except Exception as error:  # a fault of ours, or a lack of memory, costs one connection and is told
             self.gateway.report(fault(error))
-            self._refuse(Refusal(500, "the gateway failed; its log on the terminal says where"))
+            self._refuse(Refusal(500, "the gateway failed; what it says on its terminal tells where"))
         finally:
             append_line(self.gateway.log, audit_line(self.began, self.record, time.monotonic() - began))
         return False
@@ -1719,13 +1713,10 @@ class Handler(socketserver.BaseRequestHandler):
                 if not data:
                     raise ClientLeft
                 wire.ahead += data
-            request = parse_request(found[0])
-        except (ClientError, ClientLeft):
+        finally:
             self.record["method"], self.record["path"] = requested(wire.ahead)
-            raise
-        self.record["method"], self.record["path"] = logged(request.method), logged(request.target.partition(b"?")[0])
-        wire.ahead = found[1]
-        return request
+        head, wire.ahead = found
+        return parse_request(head)
 
     def _is_allowed_preflight(self, request: Request) -> bool:
         """Note the request's origin, if it is one that may use the gateway, and tell whether it is a preflight."""
@@ -1746,14 +1737,12 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _forward(self, request: Request) -> bool:
         """Send the request on and bring the answer; True if the connection can carry another request."""
-        gateway = self.gateway
         without = b"origin" if self.cors else b""  # Ollama would refuse it
-        head = forwarded_head(request, self.settings.upstream, self.peer, without)
-        exchange = Exchange(gateway.pool, gateway.relay, self.wire, request, self.settings)
+        exchange = Exchange(self.gateway.pool, self.gateway.relay, self.wire, request, self.settings)
         try:
-            exchange.begin(head)
+            exchange.begin(forwarded_head(request, self.settings.upstream, self.peer, without))
             expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
-            if expects and not exchange.request_body.done:
+            if expects and not exchange.body.done:
                 self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             for _ in range(MAX_INTERIM):
                 exchange.upload()
@@ -1772,18 +1761,17 @@ class Handler(socketserver.BaseRequestHandler):
         """Bring the answer to the client; True if the connection can carry another request."""
         self.record["status"] = answer.status
         chunked = answer.framing < 0 and request.version == b"1.1"
-        keep = keeps_alive(request) and exchange.request_body.done and not self.gateway.watchman.stopping
+        keep = keeps_alive(request) and exchange.body.done and not self.gateway.watchman.stopping
         added = [*self.cors, *[b"Transfer-Encoding: chunked"] * chunked, *[b"Connection: close"] * (not keep)]
         without = b"access-control-allow-origin" if self.cors else b""
-        head = answer_head(answer, self.settings.upstream, added, without)
         self.answering = True
         try:
-            exchange.bring(answer, head, chunked)
+            exchange.bring(answer, answer_head(answer, self.settings.upstream, added, without), chunked)
         except ClientLeft:
             if has_said_all(exchange.received):
                 return False  # and the status stays what it was
             raise
-        self.unread = bool(self.wire.ahead) or not exchange.request_body.done
+        self.unread = bool(self.wire.ahead) or not exchange.body.done
         return keep
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -1799,7 +1787,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> None:
         """Answer in the gateway's own name, which always ends the connection."""
         self.record["status"] = status
-        first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
+        first = b"HTTP/1.1 %d %b" % (status, HTTPStatus(status).phrase.encode())
         with contextlib.suppress(ClientLeft):
             self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
 
@@ -1808,8 +1796,8 @@ class Handler(socketserver.BaseRequestHandler):
 
 
 # --- Server ---
-# Connections: each has a thread of its own from the handshake on, so that a silent client delays nobody.  At most
-# --max-connections at a time; the others wait.
+# Each connection has a thread of its own from the handshake on, so that a silent client delays nobody.  There are at
+# most --max-connections at a time; the others wait.
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -1852,9 +1840,9 @@ class Server(http.server.ThreadingHTTPServer):
             # Not by threading.Thread, whose start() waits for the thread to begin: a tenth of a new connection's CPU.
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError:
-            self.slots.release()
-            self.gateway.report_seldom("cannot start a thread for a connection; raise the system's limit, or lower --max-connections")
             self.close_request(request)
+            self.slots.release()
+            self.gateway.report_seldom("cannot start a thread for a connection; lower --max-connections")
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The life of a connection's thread."""
@@ -1864,11 +1852,13 @@ class Server(http.server.ThreadingHTTPServer):
             self.slots.release()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Have the connection handled, over TLS."""
+        """Have the connection handled, over TLS and under the watchman's eyes."""
         with TURN or contextlib.nullcontext():
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
             tls = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-            super().finish_request(tls, client_address)
+            request = Wire(tls, ClientLeft)
+            with self.gateway.watchman.watch(request.guard):
+                super().finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What clients do to connections is no news.  A fault of ours is, in one line."""
