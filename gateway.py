@@ -1097,123 +1097,24 @@ class Silence(Exception):
     """Nothing was asked for in time: the connection may end without a word, and must when the gateway stops."""
 
 
-class Guard:
-    """What the watchman knows of one client's connection.
-
-    `with guard.until(deadline, wire, overdue):` surrounds a call that blocks on that wire.  If the deadline passes, the
-    call ends early, and `verdict` is `overdue`.  The lock keeps the watchman away from a socket that is just being
-    closed or handed to another connection.
-    """
-
-    def __init__(self, client: Wire) -> None:
-        self.lock, self.client = threading.Lock(), client
-        self.upstream: Wire | None = None  # while a request is in flight
-        self.wait: tuple[float, Wire, Exception] | None = None  # one attribute, so that all of it changes at once
-        self.verdict: Exception | None = None  # why the watchman intervened
-
-    def until(self, deadline: float, wire: Wire, overdue: Exception) -> Guard:
-        """Write down what the thread is about to block on, until when (monotonic), and what it means to overstay."""
-        self.wait = deadline, wire, overdue
-        return self
-
-    def __enter__(self) -> None:
-        if TURN:
-            TURN.release()
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """The call is over.  An OSError becomes its reason."""
-        if TURN:
-            TURN.acquire()
-        wait, self.wait = self.wait, None
-        if wait and isinstance(error, OSError):
-            raise self.reason(wait[1]) from error
-
-    def reason(self, wire: Wire) -> Exception:
-        """Why a call on the wire failed: the watchman's verdict, which is told once, or what it means that it broke."""
-        with self.lock:
-            verdict, self.verdict = self.verdict, None
-        return verdict or wire.failure()
-
-    def look(self, now: float, left: set[Wire], stopping: bool) -> None:
-        """Intervene if the deadline has passed or the client has left.  The caller holds the lock."""
-        deadline, wire, overdue = self.wait or (math.inf, self.client, ClientLeft())
-        if deadline < now or (stopping and isinstance(overdue, Silence)):
-            # Reading ends first, since a client that is too slow is still to get its 408.  That ends no write, and no
-            # read in which records without data keep coming (TLS KeyUpdate): the next look ends both directions.
-            how = socket.SHUT_RDWR if self.verdict else socket.SHUT_RD
-            self.verdict = self.verdict or overdue  # before the thread wakes and asks for it
-            wire.shut_down(how)
-        elif self.upstream and self.client in left and not self.verdict:
-            self.end()
-
-    def end(self) -> None:
-        """End the connection, whatever its thread is doing, as if the client had left.  The caller holds the lock."""
-        self.verdict = self.verdict or ClientLeft()
-        for wire in filter(None, (self.client, self.upstream)):
-            wire.shut_down(socket.SHUT_RDWR)
-
-
-class Watchman:
-    """Ends what overstays, and requests whose clients have left."""
-
-    def __init__(self) -> None:
-        self.stopping = False  # from then on, nobody waits for another request
-        self.guards: set[Guard] = set()  # of all connections; under the lock
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def watch(self, guard: Guard) -> Iterator[None]:
-        """Look at a connection for a while."""
-        with self._lock:
-            self.guards.add(guard)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.guards.remove(guard)
-
-    def run(self) -> None:
-        """Look around for ever.  Nothing in it blocks."""
-        while True:
-            time.sleep(TICK)
-            with self._lock:
-                guards = list(self.guards)
-            left = ready([(guard.client, GONE) for guard in guards if guard.upstream], seconds=0)
-            for guard in guards:
-                with guard.lock:
-                    guard.look(time.monotonic(), left, self.stopping)
-
-    def end_all(self) -> None:
-        """Break off all connections, so that what is in flight is logged."""
-        with self._lock:
-            for guard in self.guards:
-                with guard.lock:
-                    guard.end()
-
-
 class Wire:
     """A connected socket, TLS or plain.  When it breaks, it raises what that means: `failure`."""
 
+    client: Client  # whose connection it belongs to; the upstream's belongs to one only while a request is in flight
+
     def __init__(self, sock: socket.socket, failure: Callable[[], Exception]) -> None:
-        self.sock, self.failure, self.descriptor = sock, failure, sock.fileno()
-        self.guard = Guard(self)
+        self.sock, self.failure, self.descriptor, self.lock = sock, failure, sock.fileno(), threading.Lock()
         self.ahead = b""  # received, but not used yet
         # A read takes at least one whole TLS record, so OpenSSL holds no plaintext that poll() cannot see.
         self._size, self._most = TLS_RECORD, TLS_RECORD if isinstance(sock, ssl.SSLSocket) else READ_SIZE
 
-    def shake_hands(self, deadline: float) -> None:
-        """Be TLS's server.  Raises Silence after the deadline; what a ClientLeft is raised from tells more."""
-        with self.guard.until(deadline, self, Silence()):
-            if isinstance(self.sock, ssl.SSLSocket):
-                self.sock.do_handshake()
-
     def receive(self, deadline: float, overdue: Exception) -> bytes:
         """The next bytes, b"" at the end.  Raises `overdue` after the deadline."""
         self._block()
-        with self.guard.until(deadline, self, overdue):
+        with self.client.until(deadline, self, overdue):
             data = self.sock.recv(self._size)
-        if not data and self.guard.verdict:
-            raise self.guard.reason(self)
+        if not data and self.client.verdict:
+            raise self.client.reason(self)
         # Room costs memory in every thread, so there is more of it only where reads fill it.
         self._size = self._most if len(data) == self._size else TLS_RECORD
         return data
@@ -1226,7 +1127,7 @@ class Wire:
             sent = self.send_now(data)
         while sent < len(data):
             self._block()
-            with self.guard.until(time.monotonic() + seconds, self, overdue):
+            with self.client.until(time.monotonic() + seconds, self, overdue):
                 sent += self.sock.send(memoryview(data)[sent:])
 
     def receive_now(self) -> bytes | None:
@@ -1236,7 +1137,7 @@ class Wire:
         except _NOT_NOW:
             return None
         except OSError:
-            raise self.guard.reason(self) from None
+            raise self.client.reason(self) from None
 
     def send_now(self, data: bytes) -> int:
         """Send what can go at once; returns how much.  The socket must be set not to block.
@@ -1250,23 +1151,8 @@ class Wire:
         except _NOT_NOW:
             pass
         except OSError:
-            raise self.guard.reason(self) from None
+            raise self.client.reason(self) from None
         return sent
-
-    def linger(self) -> None:
-        """Half-close, and let the peer finish sending.
-
-        Closing while bytes arrive would reset the connection, and the peer could lose our answer.
-        """
-        self._end_tls()
-        self.shut_down(socket.SHUT_WR)
-        end = time.monotonic() + LINGER
-        with contextlib.suppress(OSError, ClientLeft, Silence):
-            self._block()
-            data = b"more"
-            while data:
-                with self.guard.until(min(end, time.monotonic() + LINGER_SILENCE), self, Silence()):
-                    data = socket.socket.recv(self.sock, READ_SIZE)  # below TLS, only to be thrown away
 
     def close(self) -> None:
         """Close with a close_notify, so that the peer can tell the end from a cut."""
@@ -1299,8 +1185,112 @@ class Wire:
                 self.sock.unwrap()  # sends our close_notify, then raises because the peer's is not there
 
     def _close(self) -> None:
-        with self.guard.lock:
+        with self.lock:
             self.sock.close()
+
+
+class Client(Wire):
+    """The wire to a client, and what the watchman knows of its connection.
+
+    `with client.until(deadline, wire, overdue):` surrounds a call that blocks on a wire, this one or the upstream's.  If
+    the deadline passes, the call ends early, and the verdict is `overdue`.  The lock keeps the watchman away from a
+    socket that is just being closed, or handed to another connection.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock, ClientLeft)
+        self.client = self  # until Handler.finish()
+        self.upstream: Wire | None = None  # while a request is in flight
+        self.wait: tuple[float, Wire, Exception] | None = None  # one attribute, so that all of it changes at once
+        self.verdict: Exception | None = None  # why the watchman intervened
+
+    def until(self, deadline: float, wire: Wire, overdue: Exception) -> Client:
+        """Write down what the thread is about to block on, until when (monotonic), and what it means to overstay."""
+        self.wait = deadline, wire, overdue
+        return self
+
+    def __enter__(self) -> None:
+        if TURN:
+            TURN.release()
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """The call is over.  An OSError becomes its reason."""
+        if TURN:
+            TURN.acquire()
+        wait, self.wait = self.wait, None
+        if wait and isinstance(error, OSError):
+            raise self.reason(wait[1]) from error
+
+    def reason(self, wire: Wire) -> Exception:
+        """Why a call on the wire failed: the watchman's verdict, which is told once, or what it means that it broke."""
+        with self.lock:
+            verdict, self.verdict = self.verdict, None
+        return verdict or wire.failure()
+
+    def look(self, now: float, left: set[Wire], stopping: bool) -> None:
+        """Intervene if the deadline has passed or the client has left.  The caller holds the lock."""
+        deadline, wire, overdue = self.wait or (math.inf, self, ClientLeft())
+        if deadline < now or (stopping and isinstance(overdue, Silence)):
+            # Reading ends first, since a client that is too slow is still to get its 408.  That ends no write, and no
+            # read in which records without data keep coming (TLS KeyUpdate): the next look ends both directions.
+            how = socket.SHUT_RDWR if self.verdict else socket.SHUT_RD
+            self.verdict = self.verdict or overdue  # before the thread wakes and asks for it
+            wire.shut_down(how)
+        elif self.upstream and self in left and not self.verdict:
+            self.end()
+
+    def end(self) -> None:
+        """End the connection, whatever its thread is doing, as if the client had left.  The caller holds the lock."""
+        self.verdict = self.verdict or ClientLeft()
+        for wire in filter(None, (self, self.upstream)):
+            wire.shut_down(socket.SHUT_RDWR)
+
+    def shake_hands(self, deadline: float) -> None:
+        """Be TLS's server.  Raises Silence after the deadline; what a ClientLeft is raised from tells more."""
+        with self.until(deadline, self, Silence()):
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.do_handshake()
+
+    def linger(self) -> None:
+        """Half-close, and let the peer finish sending.
+
+        Closing while bytes arrive would reset the connection, and the peer could lose our answer.
+        """
+        self._end_tls()
+        self.shut_down(socket.SHUT_WR)
+        end = time.monotonic() + LINGER
+        with contextlib.suppress(OSError, ClientLeft, Silence):
+            self._block()
+            data = b"more"
+            while data:
+                with self.until(min(end, time.monotonic() + LINGER_SILENCE), self, Silence()):
+                    data = socket.socket.recv(self.sock, READ_SIZE)  # below TLS, only to be thrown away
+
+class Watchman:
+    """Ends what overstays, and requests whose clients have left."""
+
+    def __init__(self) -> None:
+        self.stopping = False  # from then on, nobody waits for another request
+        self.clients: set[Client] = set()  # all there are; used under the lock
+        self.lock = threading.Lock()
+
+    def run(self) -> None:
+        """Look around for ever.  Nothing in it blocks."""
+        while True:
+            time.sleep(TICK)
+            with self.lock:
+                clients = list(self.clients)
+            left = ready([(client, GONE) for client in clients if client.upstream], seconds=0)
+            for client in clients:
+                with client.lock:
+                    client.look(time.monotonic(), left, self.stopping)
+
+    def end_all(self) -> None:
+        """Break off all connections, so that what is in flight is logged."""
+        with self.lock:
+            for client in self.clients:
+                with client.lock:
+                    client.end()
 
 
 def ready(wanted: Sequence[tuple[Wire, int]], seconds: float | None) -> set[Wire]:
@@ -1343,6 +1333,7 @@ class Relay:
         try:
             self._poll.register(upstream.descriptor, select.EPOLLIN)
         except OSError:  # the system is short of watches, and the thread can do without
+            del self._loans[upstream.descriptor]
             return
         loan.returned.acquire()
         if loan.failure:
@@ -1364,6 +1355,7 @@ class Relay:
         except Exception as failure:  # for the stream's own thread to handle
             loan.failure = failure
         self._poll.unregister(descriptor)
+        del self._loans[descriptor]
         loan.returned.release()
 
 
@@ -1427,11 +1419,11 @@ class Pool:
 class Exchange:
     """A request on its way to the upstream, and the answer on its way back."""
 
-    def __init__(self, pool: Pool, relay: Relay | None, client: Wire, request: Request, settings: Settings) -> None:
+    def __init__(self, pool: Pool, relay: Relay | None, client: Client, request: Request, settings: Settings) -> None:
         self._pool, self._relay, self._client, self._request, self._settings = pool, relay, client, request, settings
         self.sent, self.received = Excerpt(), Excerpt()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
-        self._upstream: Wire  # from begin() on; the guard knows it until end()
+        self._upstream: Wire  # from begin() on; the client has it until end()
         self._opening = b""  # the head, and what of the body came with it
         self._kept = False  # whether the connection was used before, and has not proved good yet
         self._given_up = False  # whether the upstream does not get the rest of the request
@@ -1452,14 +1444,14 @@ class Exchange:
         for wire in (client, upstream):
             wire.sock.setblocking(False)
         while not (self.body.done or self._given_up):
-            with client.guard.until(deadline, client, slow):
+            with client.until(deadline, client, slow):
                 data = client.receive_now()
                 found = ready([(client, READ), (upstream, READ)], seconds=None) if data is None else ()
             if data is None:
                 self._given_up = upstream in found and self._has_spoken()
                 continue
             if not data:
-                raise client.guard.reason(client)
+                raise client.reason(client)
             received = time.monotonic()
             self._push(self._next_part(data))
             deadline += time.monotonic() - received  # in which the client could not send
@@ -1505,28 +1497,29 @@ class Exchange:
 
     def end(self, reusable: bool = False) -> None:
         """Keep the upstream's connection for another request, or close it, which stops the model.  Harmless twice."""
-        guard = self._client.guard
-        with guard.lock:
-            upstream, guard.upstream = guard.upstream, None
-        if upstream and reusable and self.body.done and not (self._given_up or guard.verdict):
+        client = self._client
+        with client.lock:
+            upstream, client.upstream = client.upstream, None
+        if not upstream:
+            return
+        del upstream.client
+        if reusable and self.body.done and not (self._given_up or client.verdict):
             self._pool.give_back(upstream)
-        elif upstream:
+        else:
             upstream.abort()
 
     def _open(self, kept: Wire | None) -> None:
         """Send the opening over a kept connection or a new one."""
-        guard, self._kept, self._given_up = self._client.guard, kept is not None, False
+        client, self._kept, self._given_up = self._client, kept is not None, False
         if not kept:
-            with guard.until(math.inf, self._client, ClientLeft()):  # connecting has a time-out of its own
+            with client.until(math.inf, self._client, ClientLeft()):  # connecting has a time-out of its own
                 kept = self._pool.connect()
-        self._upstream, kept.guard = kept, guard
-        with guard.lock:
-            guard.upstream = kept
+        self._upstream, kept.client = kept, client
+        with client.lock:
+            client.upstream = kept
         try:
             kept.send(self._opening, self._settings.upstream_timeout, self._silent)
-        except UpstreamError as error:
-            if error.status != 502:
-                raise
+        except UpstreamError:
             self._given_up = True  # an upstream that takes no more may still have answered
 
     def _next_part(self, data: bytes) -> bytes:
@@ -1542,7 +1535,7 @@ class Exchange:
         try:
             while data := data[self._upstream.send_now(data) :]:
                 deadline = time.monotonic() + self._settings.upstream_timeout
-                with self._client.guard.until(deadline, self._upstream, self._silent):
+                with self._client.until(deadline, self._upstream, self._silent):
                     ready([(self._upstream, READ | WRITE)], seconds=None)
                 if self._has_spoken():
                     self._given_up = True
@@ -1589,9 +1582,9 @@ class Exchange:
             self._renewed()
         return data != b"" and not self._unsent
 
-    def _renewed(self) -> Guard:
-        """The guard, with a fresh deadline for the upstream's next bytes."""
-        return self._client.guard.until(time.monotonic() + self._settings.upstream_timeout, self._upstream, self._silent)
+    def _renewed(self) -> Client:
+        """The client, with a fresh deadline for the upstream's next bytes."""
+        return self._client.until(time.monotonic() + self._settings.upstream_timeout, self._upstream, self._silent)
 
 
 def _upstreams(rule: Callable[..., T], *arguments: Any) -> T:
@@ -1622,11 +1615,16 @@ class Gateway(NamedTuple):
 class Handler(socketserver.BaseRequestHandler):
     """One client's connection: a request after the other, and a line in the log for each."""
 
-    def __init__(self, gateway: Gateway, wire: Wire, client_address: Any, server: Any) -> None:
+    def __init__(self, gateway: Gateway, wire: Client, client_address: Any, server: Any) -> None:
         self.gateway, self.settings, self.wire = gateway, gateway.settings, wire
         self.peer = client_address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
         self.unread = False  # whether the client may still be sending a request that has been answered
         super().__init__(wire.sock, client_address, server)  # which calls handle()
+
+    def setup(self) -> None:
+        """Let the watchman know of it."""
+        with self.gateway.watchman.lock:
+            self.gateway.watchman.clients.add(self.wire)
 
     def handle(self) -> None:
         """The life of a connection."""
@@ -1639,7 +1637,10 @@ class Handler(socketserver.BaseRequestHandler):
 
     def finish(self) -> None:
         """Close it, whatever happened."""
+        with self.gateway.watchman.lock:
+            self.gateway.watchman.clients.remove(self.wire)
         self.wire.close()
+        del self.wire.client  # or only the garbage collector would free what OpenSSL holds for it
 
     def _shake_hands(self) -> bool:
         """Whether TLS is set up.  Clients that connect and leave, as browsers and health checks do, are no news."""
@@ -1857,10 +1858,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Have the connection handled, over TLS and under the watchman's eyes."""
         with TURN or contextlib.nullcontext():
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
-            tls = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-            request = Wire(tls, ClientLeft)
-            with self.gateway.watchman.watch(request.guard):
-                super().finish_request(request, client_address)
+            request = Client(self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False))
+            super().finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What clients do to connections is no news.  A fault of ours is, in one line."""
@@ -1872,7 +1871,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Let running requests finish for `grace` seconds; then break them off, so that they are logged."""
         for seconds in (grace, 2.0):
             deadline = time.monotonic() + seconds
-            while self.gateway.watchman.guards and time.monotonic() < deadline:
+            while self.gateway.watchman.clients and time.monotonic() < deadline:
                 time.sleep(0.02)
             self.gateway.watchman.end_all()
 
