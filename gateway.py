@@ -285,6 +285,12 @@ def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
     # 0x80 is OP_IGNORE_UNEXPECTED_EOF, which has no name before Python 3.10: OpenSSL 3 takes an end without close_notify
     # for a fatal error, after which it would not even send the 408.  The framing tells whether a request was whole.
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | 0x80
+    # By default OpenSSL 3.0 also agrees on finite-field groups, and a few ffdhe8192 handshakes a second, which anybody may
+    # ask for, keep a core busy (CVE-2002-20001).  P-256 is what every client has to have (RFC 8446, 9.1).
+    if sys.version_info >= (3, 15):
+        context.set_groups("X25519:P-256:P-384")
+    else:
+        context.set_ecdh_curve("prime256v1")
     context.set_alpn_protocols(["http/1.1"])
     context.num_tickets = 1  # suffices to resume a session, and a second one costs 15 % of a handshake
     remedy = "put an unencrypted PEM pair there that belongs together, or move both away to have a new one made"
@@ -1085,7 +1091,7 @@ _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 # A thread that gives up the interpreter's lock for a system call, while others want it, sleeps until it gets it back.
 # So connections' threads take turns: one keeps its turn from the bytes that woke it until it blocks again, which halves
-# the CPU of 1000 streams.  An interpreter without that lock needs no turns.
+# the CPU of 1000 streams.  An interpreter without that lock needs neither turns nor a relay.
 TURN: Final = threading.Lock() if getattr(sys, "_is_gil_enabled", lambda: True)() else None
 
 
@@ -1341,11 +1347,15 @@ class Relay:
 
     def run(self) -> None:
         """Move what arrives, for ever."""
-        while True:
-            found = self._poll.poll()
-            with TURN or contextlib.nullcontext():
-                for descriptor, _ in found:
-                    self._move(descriptor)
+        try:
+            while True:
+                found = self._poll.poll()
+                with TURN or contextlib.nullcontext():
+                    for descriptor, _ in found:
+                        self._move(descriptor)
+        finally:
+            for loan in self._loans.values():  # or their threads would sleep for ever, and log nothing
+                loan.returned.release()
 
     def _move(self, descriptor: int) -> None:
         loan = self._loans[descriptor]
@@ -1606,7 +1616,6 @@ class Gateway(NamedTuple):
     keys: Watched[Keys]
     log: LogFile
     pool: Pool
-    relay: Relay | None
     watchman: Watchman
     report: Callable[[str], None]
     report_seldom: Callable[[str], None]  # for what a client can cause as often as it likes
@@ -1615,8 +1624,8 @@ class Gateway(NamedTuple):
 class Handler(socketserver.BaseRequestHandler):
     """One client's connection: a request after the other, and a line in the log for each."""
 
-    def __init__(self, gateway: Gateway, wire: Client, client_address: Any, server: Any) -> None:
-        self.gateway, self.settings, self.wire = gateway, gateway.settings, wire
+    def __init__(self, gateway: Gateway, relay: Relay | None, wire: Client, client_address: Any, server: Any) -> None:
+        self.gateway, self.settings, self.relay, self.wire = gateway, gateway.settings, relay, wire
         self.peer = client_address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
         self.unread = False  # whether the client may still be sending a request that has been answered
         super().__init__(wire.sock, client_address, server)  # which calls handle()
@@ -1741,7 +1750,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _forward(self, request: Request) -> bool:
         """Send the request on and bring the answer; True if the connection can carry another request."""
         without = b"origin" if self.cors else b""  # Ollama would refuse it
-        exchange = Exchange(self.gateway.pool, self.gateway.relay, self.wire, request, self.settings)
+        exchange = Exchange(self.gateway.pool, self.relay, self.wire, request, self.settings)
         try:
             exchange.begin(forwarded_head(request, self.settings.upstream, self.peer, without))
             expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
@@ -1810,13 +1819,14 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
     block_on_close = False  # drain() waits instead, and not for ever
 
-    def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext]) -> None:
+    def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], with_relay: bool = True) -> None:
         self.gateway, self.context = gateway, context
+        self.relay = Relay() if with_relay and TURN and hasattr(select, "epoll") else None
         self.slots = threading.BoundedSemaphore(gateway.settings.max_connections)
         host, port = gateway.settings.listen
         host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")  # noqa: S104 - what --listen says
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), functools.partial(Handler, gateway))
+        super().__init__((host, port), functools.partial(Handler, gateway, self.relay))
 
     def server_bind(self) -> None:
         """Bind, without asking the name service for our name as HTTPServer does."""
@@ -2018,8 +2028,7 @@ def serve(settings: Settings) -> int:
     if not keys.value:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
-    relay = Relay() if hasattr(select, "epoll") else None
-    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), relay, Watchman(), say, seldom(say))
+    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), Watchman(), say, seldom(say))
     try:
         server = Server(gateway, context)
     except OSError as error:
@@ -2028,7 +2037,7 @@ def serve(settings: Settings) -> int:
         return 1
     stop_on_signals(server)
     announce(settings, keys.value, server.server_address[1], fresh if made else "", asked.max_connections)
-    for run in (functools.partial(server.serve_forever, TICK), gateway.watchman.run, *([relay.run] if relay else [])):
+    for run in (functools.partial(server.serve_forever, TICK), gateway.watchman.run, *([server.relay.run] if server.relay else [])):
         threading.Thread(target=vital, args=(run, server), daemon=True).start()
     while not gateway.watchman.stopping:
         keep_house(gateway, context)

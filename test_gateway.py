@@ -239,9 +239,12 @@ class RunningGateway:
     """A gateway in a process and a directory of its own, whose standard error is a file or a terminal."""
 
     def __init__(self, folder: Path, *flags: str, keys: str | None = f"{KEY} name=alice\n{OTHER_KEY}\n",
-                 terminal: bool = False, python: str = sys.executable, program: Path = HERE / "gateway.py", env: dict[str, str] | None = None,
+                 terminal: bool = False, python: str = sys.executable, program: Path | None = None, env: dict[str, str] | None = None,
                  **popen: Any) -> None:
         self.folder, self.asked = folder, 0
+        if not program:
+            without = "gateway.Server = functools.partial(gateway.Server, with_relay=False)"
+            program = changed_gateway(folder, without) if WITHOUT_RELAY else HERE / "gateway.py"
         if keys is not None:
             (folder / "keys.txt").write_text(keys)
         if not any((folder / name).exists() for name in ("cert.pem", "key.pem")):
@@ -329,7 +332,9 @@ def threads_of(gate: RunningGateway) -> int:
     return len(list(tasks.iterdir())) if tasks.exists() else 0
 
 
-IDLE_THREADS = 4  # one keeps house, one accepts, one is the watchman, one is the relay
+WITHOUT_RELAY = "TEST_WITHOUT_RELAY" in os.environ  # all promises hold without it, too
+HAS_RELAY = hasattr(select, "epoll") and gateway.TURN is not None and not WITHOUT_RELAY
+IDLE_THREADS = 3 + HAS_RELAY  # one keeps house, one accepts, one is the watchman, maybe one is the relay
 
 
 def drip(sock: socket.socket, data: bytes, seconds: float) -> None:
@@ -347,6 +352,14 @@ def patched_gateway(folder: Path, patch: str) -> Path:
     """A program that runs this first, and then the gateway."""
     program = folder / "program.py"
     program.write_text(f"{patch}\nimport runpy\nrunpy.run_path({str(HERE / 'gateway.py')!r}, run_name='__main__')\n")
+    return program
+
+
+def changed_gateway(folder: Path, change: str) -> Path:
+    """A program that is the gateway, once this has changed something in its module."""
+    program = folder / "changed.py"
+    start = f"import functools, sys\nsys.path.insert(0, {str(HERE)!r})\nimport gateway"
+    program.write_text(f"{start}\n{change}\nsys.exit(gateway.main())\n")
     return program
 
 
@@ -910,7 +923,7 @@ def test_a_half_written_file_does_not_count(tmp_path: Path) -> None:
 def test_the_certificate_is_of_the_form_that_all_clients_take(
     maker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cryptography import x509
+    x509 = pytest.importorskip("cryptography.x509")
     from cryptography.hazmat.primitives.asymmetric import ec
 
     names = ["localhost", "127.0.0.1", "::1", "gate.example"]
@@ -1201,6 +1214,12 @@ def test_there_is_one_way_to_find_the_end_of_a_body(message: tuple[int, bytes, b
 def test_an_endless_head_is_refused_before_it_ends(gate: RunningGateway) -> None:
     assert gate.say(b"GET / HTTP/1.1\r\nX: " + b"a" * gateway.MAX_HEAD).status == 431
     assert gate.say(b"GET /" + b"a" * gateway.MAX_TARGET).status == 414
+
+
+def test_a_blank_before_a_chunk_extension_is_taken(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    """BWS in RFC 9112, 7.1.1."""
+    assert gate.say(request("/", b"2 \t;a=b\r\nok\r\n0\r\n\r\n", "Transfer-Encoding: chunked"), "POST").status == 200
+    assert upstream.received[0].body == b"ok"
 
 
 BAD_CHUNKS = ["x\r\n", "0x4\r\nabcd\r\n", "+4\r\nabcd\r\n", " 4\r\nabcd\r\n", "4 \r\nabcd\r\n", "-1\r\n", "4\nabcd\n", "\r\n",
@@ -2434,6 +2453,108 @@ def test_a_client_that_leaves_during_its_upload_never_looks_finished(gate: Runni
     assert [line["status"] for line in gate.log(2)] == [499, 499]
 
 
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"POST /api/chat HTTP/1.1\r\nHost: a\r\n\r\n" + b"x" * LARGE])
+def test_plain_http_is_told_to_speak_https(gate: RunningGateway, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", gate.port), PATIENCE) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendall(sent)
+        answer = Reader(sock).message(answer_to="GET")
+    assert (answer.status, answer.body) == (400, b"This port speaks https.\n")
+    assert [(line["status"], line["path"], line["key"]) for line in gate.log(1)] == [(400, None, None)]
+
+
+def test_clients_that_do_not_trust_the_certificate_are_told_of_once_a_minute(start: Callable[..., RunningGateway]) -> None:
+    gate = start()
+    with socket.create_connection(("127.0.0.1", gate.port)):  # such as a health check: no news
+        pass
+    for _ in range(3):
+        with pytest.raises(ssl.SSLError), socket.create_connection(("127.0.0.1", gate.port)) as raw:
+            ssl.create_default_context().wrap_socket(raw, server_hostname="localhost")
+    eventually(lambda: gate.said("a TLS handshake with 127.0.0.1 failed: [A-Z0-9_]*UNKNOWN_CA; clients must trust cert.pem"))
+    assert gate.ask().status == 200
+    assert gate.stderr.count("handshake") == 1
+
+
+FAULTS = {
+    "before the upstream is asked": ("gateway.find_key = lambda *_: 1 / 0", True),
+    "in the middle of an answer": ("add = gateway.Excerpt.add\n"
+        "gateway.Excerpt.add = lambda self, content: add(self, content) if b'1' not in content else 1 / 0", False),
+    "out of memory in the middle of an answer": ("add = gateway.Excerpt.add\ndef full(*_): raise MemoryError\n"
+        "gateway.Excerpt.add = lambda self, content: add(self, content) if b'1' not in content else full()", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "answered"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_fault_of_ours_costs_one_connection_and_is_told(
+    tmp_path: Path, start: Callable[..., RunningGateway], upstream: FakeUpstream, change: str, answered: bool
+) -> None:
+    go_on = threading.Event()
+
+    def stream(sock: socket.socket, _: Message) -> None:
+        head_of_stream(sock)
+        sock.sendall(gateway.chunk(b"0\n"))
+        assert go_on.wait(PATIENCE)
+        sock.sendall(gateway.chunk(b"1\n") + b"0\r\n\r\n")
+
+    gate, upstream.script = start(program=changed_gateway(tmp_path, change)), stream
+    raw = socket.create_connection(("127.0.0.1", gate.port), PATIENCE)
+    context, options = client_context(gate.folder / "cert.pem"), {"server_hostname": "localhost", "suppress_ragged_eofs": False}
+    with context.wrap_socket(raw, **options) as sock, gate.connect() as other:  # type: ignore[arg-type]
+        sock.sendall(request(body=b"{}"))
+        if answered:
+            assert Reader(sock).message(answer_to="POST").status == 500
+        else:
+            assert sock.recv(1)
+            go_on.set()
+            with pytest.raises(OSError):  # a cut, so that it does not look whole
+                while True:
+                    assert sock.recv(65536)
+        other.sendall(request(key=WRONG_KEY))
+        assert Reader(other).message(answer_to="POST").status == (500 if answered else 403)
+    assert gate.log(2)[0]["status"] == 500
+    assert gate.said(r"internal error: (ZeroDivisionError|MemoryError) in line \d+ of the gateway\n")
+    gate.process.kill()
+    (gate.folder / "stderr").write_text("")  # or the end of each test would complain of that error
+
+
+VITAL = {
+    "the watchman": "gateway.Client.look = lambda *_: 1 / 0",
+    "the relay": "gateway.Relay._move = lambda *_: 1 / 0",
+    "what accepts": "gateway.Server.service_actions = lambda _: 1 / 0",
+}
+
+
+@pytest.mark.parametrize("change", VITAL.values(), ids=VITAL.keys())
+def test_without_a_thread_that_all_depend_on_the_process_ends_and_says_so(
+    tmp_path: Path, start: Callable[..., RunningGateway], upstream: FakeUpstream, change: str
+) -> None:
+    if "Relay" in change and not HAS_RELAY:
+        pytest.skip("there is no relay here")
+
+    def stream(sock: socket.socket, _: Message) -> None:
+        head_of_stream(sock)
+        with contextlib.suppress(OSError):
+            while not leaves(sock):
+                sock.sendall(gateway.chunk(b"{}\n"))
+
+    late = f"import threading, time\ndef change():\n    time.sleep(0.5)\n    {change}\nthreading.Thread(target=change).start()"
+    gate, upstream.script = start(program=changed_gateway(tmp_path, late)), stream
+    with gate.connect() as sock:
+        sock.sendall(request())
+        assert gate.process.wait(PATIENCE) == 1
+    assert gate.said(r"internal error: ZeroDivisionError in line \d+ of the gateway\n")
+    assert [line["status"] for line in gate.log(1)] == [499]
+    (gate.folder / "stderr").write_text("")  # as above
+
+
+def test_what_a_request_names_is_logged_although_the_upstream_is_down(start: Callable[..., RunningGateway]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    gate = start("--upstream", f"http://127.0.0.1:{port}")
+    assert gate.ask(body=b'{"model":"llama3.2","messages":[]}').status == 502
+    assert gate.log(1)[0]["model"] == "llama3.2"
+
+
 # --- Server ---
 
 
@@ -2522,6 +2643,97 @@ def test_blanks_cost_no_time(gate: RunningGateway, upstream: FakeUpstream, value
     upstream.script = ok(b"", "X:" + value)
     assert gate.ask("/").status == (502 if status == 400 else 200)
     assert time.monotonic() - began < 1.0
+
+
+def test_a_refused_client_that_uploads_for_a_while_can_read_why(gate: RunningGateway) -> None:
+    """As http.client and requests do, it reads only when it has sent all."""
+    with gate.connect() as sock:
+        sock.sendall(request("/", b"x", "Content-Length: 600001", key=WRONG_KEY))
+        for _ in range(30):
+            sock.sendall(b"x" * 20_000)
+            time.sleep(0.1)  # the client's own pace
+        assert Reader(sock).message(answer_to="POST").status == 403
+
+
+def key_updates(gate: RunningGateway) -> tuple[ssl.SSLSocket, Iterator[bytes]]:
+    """A TLS 1.3 connection, and the KeyUpdate records (RFC 8446, 4.6.3) that may be sent on it, for ever."""
+    import hmac
+
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    log = gate.folder / "secrets"
+    sock = gate.connect(minimum_version=ssl.TLSVersion.TLSv1_3, keylog_filename=str(log))
+    digest, size = ("sha384", 32) if "SHA384" in (sock.cipher() or "")[0] else ("sha256", 16)
+
+    def derive(secret: bytes, label: bytes, length: int) -> bytes:
+        label = b"tls13 " + label
+        info = struct.pack(">HB", length, len(label)) + label + b"\0\x01"
+        return hmac.digest(secret, info, digest)[:length]
+
+    def records() -> Iterator[bytes]:
+        secret = bytes.fromhex(re.findall(r"CLIENT_TRAFFIC_SECRET_0 \w+ (\w+)", log.read_text())[0])
+        while True:
+            cipher, nonce = AESGCM(derive(secret, b"key", size)), derive(secret, b"iv", 12)
+            yield b"\x17\3\3\0\x16" + cipher.encrypt(nonce, b"\x18\0\0\1\0\x16", b"\x17\3\3\0\x16")
+            secret = derive(secret, b"traffic upd", hmac.new(b"", b"", digest).digest_size)
+
+    return sock, records()
+
+
+@measures
+def test_a_flood_of_key_updates_delays_nobody_and_is_ended(start: Callable[..., RunningGateway]) -> None:
+    """They keep one call of OpenSSL going and never bring it a byte, so that it does not return by itself."""
+    pytest.importorskip("cryptography")
+    gate = start("--header-timeout", "2")
+    sock, records = key_updates(gate)
+    blocks = [b"".join(next(records) for _ in range(500)) for _ in range(100)]
+    began, ended = time.monotonic(), threading.Event()
+
+    def flood() -> None:
+        with contextlib.suppress(OSError):
+            for block in blocks:
+                socket.socket.sendall(sock, block)
+                time.sleep(0.1)  # 5,000 records a second
+        ended.set()
+
+    threading.Thread(target=flood).start()
+    longest = 0.0
+    while not ended.is_set() and time.monotonic() - began < 9:
+        asked = time.monotonic()
+        assert gate.ask(key=None).status == 403
+        longest = max(longest, time.monotonic() - asked)
+    assert longest < 1.0
+    assert time.monotonic() - began < 5
+    sock.close()
+
+
+@measures
+def test_costly_key_exchanges_are_not_to_be_had(start: Callable[..., RunningGateway]) -> None:
+    """D(HE)at: each would take 150 ms of CPU, and anybody may ask for them."""
+    gate = start()
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{gate.port}", "-tls1_3", "-groups", "ffdhe8192"]
+    attackers = [subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(14)]
+    began, before = time.monotonic(), cpu_seconds(gate) if sys.platform == "linux" else 0.0
+    assert gate.ask(key=None).status == 403
+    assert time.monotonic() - began < 1.0
+    for attacker in attackers:
+        said, _ = attacker.communicate(timeout=PATIENCE)
+        assert attacker.returncode or b"Cipher is (NONE)" in said
+    assert sys.platform != "linux" or cpu_seconds(gate) - before < 0.5
+
+
+@linux
+@measures
+def test_an_idle_connection_takes_little_memory(start: Callable[..., RunningGateway]) -> None:
+    gate = start()
+    gate.ask("/warm")
+    before = memory(gate)
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            client = stack.enter_context(gate.connect())
+            client.sendall(request())
+            assert client.recv(1)
+        assert (memory(gate) - before) / 300 < 100_000
 
 
 def test_connections_beyond_the_limit_wait(start: Callable[..., RunningGateway]) -> None:
