@@ -2511,7 +2511,7 @@ def test_a_fault_of_ours_costs_one_connection_and_is_told(
                     assert sock.recv(65536)
         other.sendall(request(key=WRONG_KEY))
         assert Reader(other).message(answer_to="POST").status == (500 if answered else 403)
-    assert gate.log(2)[0]["status"] == 500
+    assert sorted(line["status"] for line in gate.log(2)) == ([500, 500] if answered else [403, 500])
     assert gate.said(r"internal error: (ZeroDivisionError|MemoryError) in line \d+ of the gateway\n")
     gate.process.kill()
     (gate.folder / "stderr").write_text("")  # or the end of each test would complain of that error
@@ -2724,6 +2724,7 @@ def test_costly_key_exchanges_are_not_to_be_had(start: Callable[..., RunningGate
 
 @linux
 @measures
+@pytest.mark.skipif(gateway.TURN is None, reason="a free-threaded Python gives each thread a heap of its own, some 350 kB")
 def test_an_idle_connection_takes_little_memory(start: Callable[..., RunningGateway]) -> None:
     gate = start()
     gate.ask("/warm")
