@@ -488,8 +488,9 @@ _TARGET = re.compile(rb"(?i:https?://[^/?#@]+)?(/.*)?")
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _FIELDS = re.compile(rb"(?:(?:\A|\r\n)%b:[\t\x20-\x7e\x80-\xff]*)*" % _TOKEN)
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
-MAX_CHUNK_LINE: Final = 1024  # bytes
+_CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
+_CHUNK_LINE_BEGUN = re.compile(rb"\r?|\r\n[^\n]{0,1023}")
+BETWEEN_CHUNKS: Final = b"\r\n"  # closes a chunk's content, and is read with the size of the next chunk
 
 
 def split_head(data: bytes) -> tuple[bytes, bytes] | None:
@@ -698,20 +699,18 @@ class BodyReader:
 
     def __init__(self, framing: int, chunked: bool = False, note: Callable[[bytes], object] = len) -> None:
         self.framing, self.chunked, self.note = framing, chunked, note
-        self.done = framing == 0
-        self._verbatim = chunked and framing == CHUNKED  # whether a whole chunk may travel as it is
-        self.rest = b""  # received, and neither content nor understood yet
-        self.trailers = NO_FIELDS
-        # Bytes until the end of the body, or of the chunk; without an end in sight, more than will ever come.
+        self.done, self.rest, self.trailers = framing == 0, b"", NO_FIELDS
+        # Bytes until the end of the body, or of a chunk's content; without an end in sight, more than will ever come.
         self._missing = sys.maxsize if framing == UNTIL_CLOSE else max(framing, 0)
-        self._between = True  # whether the next bytes are a chunk's size, and not the CRLF behind its content
+        # Received, and neither content nor understood yet; the first chunk begins as if there had been one before.
+        self._held = BETWEEN_CHUNKS if framing == CHUNKED else b""
 
     def pass_on(self, data: bytes) -> bytes:
         """The connection's next bytes, as the other side gets them.  Raises ClientError 400 or 431."""
-        if self._verbatim and self._between and not self.rest and data.endswith(b"\r\n"):
-            at = data.find(b"\n") + 1
-            if at < len(data) - 2 and data[:at] == b"%x\r\n" % (len(data) - at - 2):
-                self.note(data[at:-2])  # one whole chunk, as most tokens come
+        if self.chunked and self._held == BETWEEN_CHUNKS and data.endswith(b"\r\n"):
+            size, _, content = data[:-2].partition(b"\r\n")
+            if content and size == b"%x" % len(content):
+                self.note(content)  # one whole chunk, as most tokens come, travels as it is
                 return data
         content = self.feed(data)
         self.note(content)
@@ -727,32 +726,24 @@ class BodyReader:
             self.done = self.done or not self._missing
             return content
         # By position, since one-byte chunks must not cost a copy of the rest each.
-        pieces, data, at = [], self.rest + data, 0
+        pieces, data, at = [], self._held + data, 0
         while not self.done:
             if self._missing:
-                piece = data[at : at + self._missing]
-                pieces.append(piece)
-                at += len(piece)
-                self._missing -= len(piece)
-                if self._missing:
-                    break
-            if not self._between:
-                require(b"\r\n".startswith(data[at : at + 2]), 400, "a chunk is longer than its size says")
-                if len(data) < at + 2:
-                    break
-                self._between, at = True, at + 2
-            if not (line := _CHUNK_LINE.match(data, at)):
-                require(len(data) - at < MAX_CHUNK_LINE and b"\n" not in data[at:], 400, "a chunk's size is malformed")
+                pieces.append(data[at : at + self._missing])
+                at, self._missing = at + len(pieces[-1]), self._missing - len(pieces[-1])
+            line = _CHUNK_LINE.match(data, at)
+            if not line:  # nor can there be one inside of a chunk, whose content takes all of the data
+                require(_CHUNK_LINE_BEGUN.fullmatch(data, at), 400, "a chunk's size is malformed, or wrong")
                 break
             if size := int(line[1], 16):
-                self._missing, self._between, at = size, False, line.end()
-            else:  # the last one: it and its trailers have the form of a head (RFC 9112, 7.1)
-                end = split_head(data[at:])
-                if not end:
-                    break
+                self._missing, at = size, line.end()
+            elif end := split_head(data[line.start(1) :]):
+                # The last chunk and its trailers have the form of a head (RFC 9112, 7.1).
                 self.trailers = parse_fields(end[0].partition(b"\r\n")[2])
-                self.done, at = True, len(data) - len(end[1])
-        self.rest = data[at:]
+                self.done, self.rest = True, end[1]
+            else:
+                break
+        self._held = data[at:]
         return b"".join(pieces)
 
     def end(self) -> bool:
