@@ -418,8 +418,7 @@ class Fields(dict[bytes, bytes]):
     Content-Length and Host, are checked with patterns that ", " does not match.
     """
 
-    def __init__(self) -> None:
-        self.lines: list[tuple[bytes, bytes]] = []  # (name in lower case, the line as it came)
+    lines: Sequence[tuple[bytes, bytes]] = ()  # (name in lower case, the line as it came)
 
 
 NO_FIELDS: Final = Fields()
@@ -449,27 +448,21 @@ class Answer(NamedTuple):
 
 # These fields are about one connection, so neither requests nor answers carry them on to the next.
 HOP_BY_HOP: Final = {
-    b"connection",  # options of one connection, and the names of more such fields: RFC 9110, 7.6.1
-    b"keep-alive",  # how long one connection may idle: RFC 9112, C.2.2
+    # What becomes of the connection, and the names of more such fields: RFC 9110, 7.6.1 and 7.8.  Old clients also
+    # send the second and third: RFC 9112, C.2.2.
+    b"connection", b"keep-alive", b"proxy-connection", b"upgrade",
+    # The framing, which each side decides anew: RFC 9110, 6.6.2 and 10.1.4, and RFC 9112, 6.1.
+    b"te", b"trailer", b"transfer-encoding",
     b"proxy-authenticate",  # would make the client send its password for a proxy: RFC 9110, 11.7.1
-    b"proxy-connection",  # what old clients send in place of Connection: RFC 9112, C.2.2
-    b"te",  # which transfer codings the next recipient may use: RFC 9110, 10.1.4
-    b"trailer",  # belongs to the framing, which each side decides anew: RFC 9110, 6.6.2
-    b"transfer-encoding",  # likewise: RFC 9112, 6.1
-    b"upgrade",  # to a protocol that the gateway does not speak: RFC 9110, 7.8
-}
+}  # fmt: skip
 # Of a request, these are withheld from the upstream as well.
 _REQUEST_ONLY: Final = {
-    b"authorization",  # may hold a key of the gateway
-    b"proxy-authorization",  # a password that is meant for the first proxy: RFC 9110, 11.7.2
-    b"x-api-key",  # may hold a key of the gateway
+    # They may hold a key of the gateway, or a password that is meant for the first proxy: RFC 9110, 11.7.2.
+    b"authorization", b"x-api-key", b"proxy-authorization",
     b"content_length",  # see _spellings; Content-Length itself has been checked and is forwarded
     b"expect",  # the gateway says 100 Continue itself, once the key is checked: RFC 9110, 10.1.1
-    b"host",  # replaced by the upstream's: Ollama on loopback refuses other names
-    b"x-forwarded-for",  # replaced by the same with the client's address added
-    b"x-forwarded-host",  # replaced by the checked Host, since frameworks build links of it
-    b"x-forwarded-proto",  # replaced by https
-}
+    b"host", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto",  # replaced, see forwarded_head
+}  # fmt: skip
 
 
 def _spellings(name: bytes) -> set[bytes]:
@@ -485,11 +478,12 @@ IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # may be s
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([^\x00-\x20\x7f]+) HTTP/([0-9]\.[0-9])" % _TOKEN)
 _TARGET = re.compile(rb"(?i:https?://[^/?#@]+)?(/.*)?")
-_STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
-_FIELDS = re.compile(rb"(?:(?:\A|\r\n)%b:[\t\x20-\x7e\x80-\xff]*)*" % _TOKEN)
+_TEXT = rb"[\t\x20-\x7e\x80-\xff]"
+_STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: (%b*))?" % _TEXT)
+_FIELDS = re.compile(rb"(?:(?:\A|\r\n)%b:%b*)*" % (_TOKEN, _TEXT))
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
-_CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]{0,1000})?\r\n")
-_CHUNK_LINE_BEGUN = re.compile(rb"\r?|\r\n[^\n]{0,1023}")
+# The line with a chunk's size, or what may become one.
+_CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b{0,1000})?\r\n|(?:\r?|\r\n[^\n]{0,1023})\Z" % _TEXT)
 BETWEEN_CHUNKS: Final = b"\r\n"  # closes a chunk's content, and is read with the size of the next chunk
 
 
@@ -515,8 +509,8 @@ def parse_request(head: bytes) -> Request:
     # Some servers cut a target at "#" and others do not, and raw bytes above 0x7F are decoded in several ways.
     # Either would let a request pass for another path than the one that the upstream serves.
     require(target.isascii() and b"#" not in target, 400, "the request target holds a # or a byte that is not ASCII")
-    if not target.startswith(b"/"):  # an absolute target is reduced to its path (RFC 9112, 3.2.2)
-        target = require(_TARGET.fullmatch(target), 400, "the request target must be a path")[1] or b"/"
+    # An absolute target is reduced to its path (RFC 9112, 3.2.2).
+    target = require(_TARGET.fullmatch(target), 400, "the request target must be a path")[1] or b"/"
     fields = parse_fields(lines)
     if b"host" in fields or version == b"1.1":
         require(_HOST.fullmatch(fields.get(b"host", b"")), 400, "there must be one valid Host field")
@@ -544,11 +538,11 @@ def parse_fields(lines: bytes) -> Fields:
     # This refuses folded lines, a space before the colon, names that are no tokens, and control characters.
     require(_FIELDS.fullmatch(lines), 400, "a field line is malformed")
     fields = Fields()
-    append = fields.lines.append
+    fields.lines = found = []
     for line in lines.split(b"\r\n") if lines else ():
         name, _, value = line.partition(b":")
         name, value = name.lower(), value.strip()  # blanks and tabs are the only white space that is left here
-        append((name, line))
+        found.append((name, line))
         fields[name] = fields[name] + b", " + value if name in fields else value
     return fields
 
@@ -602,25 +596,20 @@ def keeps_alive(message: Request | Answer) -> bool:
     return message.version == b"1.1" and b"close" not in list_members(message.fields, b"connection")
 
 
-def end_to_end(fields: Fields, dropped: set[bytes], without: bytes = b"") -> list[bytes]:
-    """The lines to forward: all but those in `dropped`, the one named `without`, and those that Connection names."""
-    unwanted = {without}
-    if b"connection" in fields:  # RFC 9110, 7.6.1; without Content-Length, though, the body would be read as a request
-        unwanted |= list_members(fields, b"connection") - {b"content-length"}
-    return [line for name, line in fields.lines if name not in dropped and name not in unwanted]
-
-
 def forwarded_head(request: Request, upstream: Upstream, peer: str, without: bytes = b"") -> bytes:
-    """The head for the upstream: without credentials and the field `without`, with the client's address and Host."""
+    """The head for the upstream: without credentials and the field `without`, with the client's address and Host.
+
+    Host becomes the upstream's, since Ollama on loopback refuses other names.  Frameworks build links of the
+    X-Forwarded fields, so what a client says there goes no further, but for the addresses in X-Forwarded-For.
+    """
     fields, before = request.fields, request.fields.get(b"x-forwarded-for")
     first = b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target)
-    lines = [first, b"Host: " + upstream.authority.encode(), *end_to_end(fields, NOT_FORWARDED, without)]
-    lines += [b"X-Forwarded-For: " + (before + b", " if before else b"") + peer.encode(), b"X-Forwarded-Proto: https"]
+    added = [b"X-Forwarded-For: " + (before + b", " if before else b"") + peer.encode(), b"X-Forwarded-Proto: https"]
     if b"host" in fields:  # which a request in HTTP/1.0 may lack
-        lines.append(b"X-Forwarded-Host: " + fields[b"host"])
+        added.append(b"X-Forwarded-Host: " + fields[b"host"])
     if request.framing == CHUNKED:
-        lines.append(b"Transfer-Encoding: chunked")
-    return b"\r\n".join([*lines, b"", b""])
+        added.append(b"Transfer-Encoding: chunked")
+    return _head(first + b"\r\nHost: " + upstream.authority.encode(), fields, NOT_FORWARDED, without, added)
 
 
 def answer_head(answer: Answer, upstream: Upstream, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
@@ -629,13 +618,22 @@ def answer_head(answer: Answer, upstream: Upstream, added: Iterable[bytes] = (),
     Content-Length is forbidden in 1xx and 204 answers (RFC 9110, 8.6).
     """
     dropped = HOP_BY_HOP | {b"content-length"} if answer.status < 200 or answer.status == 204 else HOP_BY_HOP
-    lines = [b"HTTP/1.1 %d %b" % (answer.status, answer.reason), *end_to_end(answer.fields, dropped, without), *added]
-    if b"location" in answer.fields:
-        lines = [_reachable(line, upstream) for line in lines]
-    return b"\r\n".join([*lines, b"", b""])
+    head = _head(b"HTTP/1.1 %d %b" % (answer.status, answer.reason), answer.fields, dropped, without, added)
+    return _reachable(head, upstream) if b"location" in answer.fields else head
 
 
-def _reachable(line: bytes, upstream: Upstream) -> bytes:
+def _head(first: bytes, fields: Fields, dropped: set[bytes], without: bytes, added: Iterable[bytes]) -> bytes:
+    """A head to send: this first line, the lines that may travel on, and those that the gateway adds.
+
+    The fields in `dropped`, the one named `without` and those that Connection names stay behind (RFC 9110, 7.6.1), but
+    for Content-Length, without which the body would be read as a request.
+    """
+    named = list_members(fields, b"connection") - {b"content-length"} if b"connection" in fields else ()
+    kept = [line for name, line in fields.lines if not (name in dropped or name in named or name == without)]
+    return b"\r\n".join([first, *kept, *added, b"", b""])
+
+
+def _reachable(head: bytes, upstream: Upstream) -> bytes:
     """Turn a Location that names the upstream, which clients cannot reach, into a path on the gateway.
 
     Web frameworks build redirects from the Host that they see, which is the upstream's, and from http, or from
@@ -645,7 +643,7 @@ def _reachable(line: bytes, upstream: Upstream) -> bytes:
     """
     host = re.escape(re.sub(":(80|443)$", "", upstream.authority).encode())
     own = rb"(?i:(location:[\t ]*)https?://%b(?::80|:443)?)%b" % (host, re.escape(upstream.prefix.encode()))
-    return re.sub(rb"\A%b(?:/(?![/\\\t])|(?=[?#]|[\t ]*\Z))" % own, rb"\1/", line)
+    return re.sub(rb"(?m)^%b(?:/(?![/\\\t])|(?=[?#]|[\t ]*\r))" % own, rb"\1/", head)
 
 
 def presented_keys(fields: Fields) -> list[bytes]:
@@ -654,17 +652,14 @@ def presented_keys(fields: Fields) -> list[bytes]:
     Both are returned, because SDKs send a dummy Authorization beside the real X-Api-Key.  The values of a
     repeated field were joined, which makes no valid key.
     """
-    keys = fields.get(b"x-api-key"), _key_in_authorization(fields.get(b"authorization", b""))
-    return [key for key in keys if key]
-
-
-def _key_in_authorization(value: bytes) -> bytes:
-    """The token of Bearer (RFC 6750, 2.1) or the password of Basic (RFC 7617, 2)."""
-    scheme, _, secret = value.partition(b" ")
-    if scheme.lower() == b"basic":
+    keys = [fields.get(b"x-api-key", b"")]
+    scheme, _, secret = fields.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":  # RFC 6750, 2.1
+        keys.append(secret.strip())
+    elif scheme.lower() == b"basic":  # whose password is the key: RFC 7617, 2
         with contextlib.suppress(ValueError):
-            return base64.b64decode(secret.strip(), validate=True).partition(b":")[2]
-    return secret.strip() if scheme.lower() == b"bearer" else b""
+            keys.append(base64.b64decode(secret.strip(), validate=True).partition(b":")[2])
+    return [key for key in keys if key]
 
 
 def is_preflight(request: Request) -> bool:
@@ -674,9 +669,8 @@ def is_preflight(request: Request) -> bool:
 
 def preflight_lines(request: Request) -> list[bytes]:
     """The fields that allow a web page to send the request that it asked for."""
-    wanted = request.fields.get(b"access-control-request-headers", b"")
-    methods = b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE"
-    return [methods, b"Access-Control-Allow-Headers: " + wanted, b"Access-Control-Max-Age: 86400"]
+    lines = b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE", b"Access-Control-Max-Age: 86400"
+    return [*lines, b"Access-Control-Allow-Headers: " + request.fields.get(b"access-control-request-headers", b"")]
 
 
 def error_body(path: str, status: int, message: str) -> bytes:
@@ -725,15 +719,14 @@ class BodyReader:
             self._missing -= len(content)
             self.done = self.done or not self._missing
             return content
-        # By position, since one-byte chunks must not cost a copy of the rest each.
+        # By position, since one-byte chunks must not cost a copy of the rest each.  Each round takes what there is of
+        # a chunk's content, none at first, and then the line with the next chunk's size.
         pieces, data, at = [], self._held + data, 0
         while not self.done:
-            if self._missing:
-                pieces.append(data[at : at + self._missing])
-                at, self._missing = at + len(pieces[-1]), self._missing - len(pieces[-1])
-            line = _CHUNK_LINE.match(data, at)
-            if not line:  # nor can there be one inside of a chunk, whose content takes all of the data
-                require(_CHUNK_LINE_BEGUN.fullmatch(data, at), 400, "a chunk's size is malformed, or wrong")
+            pieces.append(data[at : at + self._missing])
+            at, self._missing = at + len(pieces[-1]), self._missing - len(pieces[-1])
+            line = require(_CHUNK_LINE.match(data, at), 400, "a chunk's size is malformed, or wrong")
+            if not line[1]:  # it has not arrived yet
                 break
             if size := int(line[1], 16):
                 self._missing, at = size, line.end()
@@ -759,7 +752,7 @@ def chunk(content: bytes) -> bytes:
 
 def last_chunk(trailers: Fields) -> bytes:
     """The end of a chunked body, with the trailers that may travel on."""
-    return b"\r\n".join([b"0", *end_to_end(trailers, NOT_FORWARDED | {b"content-length"}), b"", b""])
+    return _head(b"0", trailers, NOT_FORWARDED, without=b"content-length", added=())
 
 
 # --- Token counts ---
