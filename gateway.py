@@ -942,11 +942,11 @@ def _counts(value: Any) -> Counts:
 class LogFile:
     """The audit log as it is open now, and the lines that wait to be written.
 
-    Threads share all of it but the path, so everything else is read and changed under the lock.
+    Threads share all of it, so it is changed under the lock only.
     """
 
     def __init__(self, path: str) -> None:
-        self.path, self.lock = path, threading.Lock()
+        self.path, self.lock = path, threading.RLock()
         self.file: io.FileIO | None = None
         self.may_block = False  # whether it is a pipe, a terminal or the like, whose reader may stop reading
         self.kept: deque[bytes] = deque()
@@ -967,23 +967,30 @@ def audit_line(began: datetime, record: dict[str, Any], seconds: float) -> bytes
     return f'{{"timestamp": "{start}Z", {json.dumps(record)[1:-1]}, "duration_ms": {round(seconds * 1000)}}}\n'.encode()
 
 
-def append_line(log: LogFile, line: bytes) -> bool:
-    """Write the line, after those that wait; False if some still wait."""
-    with log.lock:
-        log.kept.append(line)
-        return _write_kept(log)
+def append_line(log: LogFile, *lines: bytes) -> bool:
+    """Write the line, if any, after those that wait; False if some still wait."""
+    with log.lock, contextlib.suppress(OSError):
+        log.kept.extend(lines)
+        file = log.file or _open_file(log)
+        # A write that blocks would hold the lock, and so every connection, until somebody reads the pipe.
+        while log.kept and (not log.may_block or takes_a_line(file.fileno(), patience=0)):
+            log.written += file.write(log.kept[0][log.written :]) or 0
+            if log.written == len(log.kept[0]):
+                log.kept.popleft()
+                log.written = 0
+        return not log.kept
+    return False
 
 
 def is_writable(log: LogFile, tolerated: int = 0) -> bool:
     """Whether lines can be written, or fewer than `tolerated` wait.  Tries to write them where that is the question."""
-    with log.lock:
-        return len(log.kept) < tolerated or _write_kept(log)
+    return len(log.kept) < tolerated or append_line(log)
 
 
 def unwritten_lines(log: LogFile) -> bytes:
     """The lines that cannot be written even now, for whoever ends the gateway."""
     with log.lock:
-        return b"" if _write_kept(log) else b"".join(log.kept)
+        return b"" if append_line(log) else b"".join(log.kept)
 
 
 def takes_a_line(descriptor: int, patience: float) -> bool:
@@ -1009,27 +1016,9 @@ def log_news(log: LogFile) -> str | None:
         if log.file and _was_moved(log.path, log.file):
             log.file.close()
             log.file = None
-        before, log.whole = log.whole, _write_kept(log)
-        if before == log.whole:
-            return None
-        return "the audit log is whole again" if log.whole else f"cannot write to {log.path}: nothing is forwarded"
-
-
-def _write_kept(log: LogFile) -> bool:
-    """Write the lines that wait; False if some cannot be written now.  The caller holds the lock."""
-    try:
-        file = log.file or _open_file(log)
-        while log.kept:
-            # A write that blocks would hold the lock, and so every connection, until somebody reads the pipe.
-            if log.may_block and not takes_a_line(file.fileno(), patience=0):
-                return False
-            log.written += file.write(log.kept[0][log.written :]) or 0
-            if log.written == len(log.kept[0]):
-                log.kept.popleft()
-                log.written = 0
-    except OSError:
-        return False
-    return True
+    before, log.whole = log.whole, append_line(log)
+    news = "the audit log is whole again" if log.whole else f"cannot write to {log.path}: nothing is forwarded"
+    return None if log.whole == before else news
 
 
 def _open_file(log: LogFile) -> io.FileIO:
@@ -1038,11 +1027,14 @@ def _open_file(log: LogFile) -> io.FileIO:
     def opener(path: str, flags: int) -> int:  # private, and without waiting for somebody to read a FIFO
         return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), mode=0o600)
 
-    file = open(1 if log.path == "-" else log.path, "ab", buffering=0, closefd=log.path != "-", opener=opener)  # noqa: SIM115 - it stays open
+    file = io.FileIO(1 if log.path == "-" else log.path, "a", closefd=log.path != "-", opener=opener)
     log.file, log.written = file, 0
     log.may_block = not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-    if not log.may_block and _is_torn(log.path):  # by a crash or a full disk: the next line must not be glued to it
-        log.kept.appendleft(b"\n")
+    if not log.may_block:
+        with contextlib.suppress(OSError), open(log.path, "rb") as old:  # an empty one has no last byte: OSError
+            old.seek(-1, os.SEEK_END)
+            if old.read(1) != b"\n":  # torn by a crash or a full disk: the next line must not be glued to it
+                log.kept.appendleft(b"\n")
     return file
 
 
@@ -1052,13 +1044,6 @@ def _was_moved(path: str, file: io.FileIO) -> bool:
         return path != "-" and not os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except OSError as error:
         return isinstance(error, FileNotFoundError)
-
-
-def _is_torn(path: str) -> bool:
-    """Whether the file ends in the middle of a line."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # an empty one has no last byte to go to: OSError
-        return file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
-    return False
 
 
 # --- Sockets ---
