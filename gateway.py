@@ -739,11 +739,6 @@ class BodyReader:
         self._held = data[at:]
         return b"".join(pieces)
 
-    def end(self) -> bool:
-        """The connection has ended: was the body whole?"""
-        self.done = self.done or self.framing == UNTIL_CLOSE
-        return self.done
-
 
 def chunk(content: bytes) -> bytes:
     """A chunk, or nothing for nothing: an empty one would be the last."""
@@ -1220,12 +1215,6 @@ class Client(Wire):
         for wire in filter(None, (self, self.upstream)):
             wire.shut_down(socket.SHUT_RDWR)
 
-    def shake_hands(self, deadline: float) -> None:
-        """Be TLS's server.  Raises Silence after the deadline; what a ClientLeft is raised from tells more."""
-        with self.until(deadline, self, Silence()):
-            if isinstance(self.sock, ssl.SSLSocket):
-                self.sock.do_handshake()
-
     def linger(self) -> None:
         """Half-close, and let the peer finish sending.
 
@@ -1441,7 +1430,8 @@ class Exchange:
     def read_head(self) -> Answer:
         """Wait for the next head; it may be an interim one (1xx).  Raises UpstreamError, ClientLeft."""
         try:
-            head = self._await_head()
+            while not (found := _upstreams(split_head, self._upstream.ahead)):
+                self._upstream.ahead += self._receive()
         except UpstreamError as error:
             harmless = self._request.method in IDEMPOTENT and not self._request.framing
             if not (self._kept and harmless and error.status == 502) or self._upstream.ahead:
@@ -1449,8 +1439,9 @@ class Exchange:
             # The kept connection ended just when it was used again.  This request may be sent twice (RFC 9110, 9.2.2).
             self.end()
             self._open(None)
-            head = self._await_head()
+            return self.read_head()
         self._kept = False
+        head, self._upstream.ahead = found
         answer = _upstreams(parse_answer, head, self._request.method)
         if answer.status == 101:
             raise UpstreamError(502, "the upstream changed the protocol without being asked")
@@ -1466,9 +1457,8 @@ class Exchange:
             if self._relay and chunked:
                 self._lend(self._relay)
             if not self._unsent:
-                data = self._receive()
-                if not (data or self._answer.end()):
-                    raise UpstreamError(502, "the upstream closed the connection before the end of its answer")
+                data = self._receive(may_end=answer.framing == UNTIL_CLOSE)
+                self._answer.done = not data
                 self._unsent = _upstreams(self._answer.pass_on, data)
         # Before the client has the end, after which its next request may come at once and want a connection.
         self.end(reusable=keeps_alive(answer) and answer.framing != UNTIL_CLOSE and not self._answer.rest)
@@ -1528,17 +1518,12 @@ class Exchange:
         self._upstream.ahead += data or b""
         return data is not None
 
-    def _await_head(self) -> bytes:
-        while not (found := _upstreams(split_head, self._upstream.ahead)):
-            data = self._receive()
-            if not data:
-                raise UpstreamError(502, "the upstream closed the connection before it answered")
-            self._upstream.ahead += data
-        head, self._upstream.ahead = found
-        return head
-
-    def _receive(self) -> bytes:
-        return self._upstream.receive(time.monotonic() + self._settings.upstream_timeout, self._silent)
+    def _receive(self, may_end: bool = False) -> bytes:
+        """The upstream's next bytes; b"" at the end of its connection, where the answer may end so."""
+        data = self._upstream.receive(time.monotonic() + self._settings.upstream_timeout, self._silent)
+        if not (data or may_end):
+            raise UpstreamError(502, "the upstream closed the connection before the end of its answer")
+        return data
 
     def _flush(self) -> None:
         self._client.send(self._unsent, self._settings.write_timeout, ClientLeft())
@@ -1623,7 +1608,8 @@ class Handler(socketserver.BaseRequestHandler):
     def _shake_hands(self) -> bool:
         """Whether TLS is set up.  Clients that connect and leave, as browsers and health checks do, are no news."""
         try:
-            self.wire.shake_hands(time.monotonic() + self.settings.handshake_timeout)
+            with self.wire.until(time.monotonic() + self.settings.handshake_timeout, self.wire, Silence()):
+                self.request.do_handshake()
             return True
         except (ClientLeft, Silence) as failure:
             error = failure.__cause__
@@ -1649,8 +1635,7 @@ class Handler(socketserver.BaseRequestHandler):
         wire, deadline = self.wire, time.monotonic() + seconds
         with contextlib.suppress(ClientLeft, Silence):
             while not self.gateway.watchman.stopping and is_writable(self.gateway.log, tolerated=MAX_KEPT_LINES):
-                if wire.ahead.startswith(b"\r\n"):  # RFC 9112, 2.2
-                    wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # all at once, for there may be many
+                wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # RFC 9112, 2.2; all at once, for there may be many
                 if wire.ahead not in (b"", b"\r"):
                     return True
                 data = wire.receive(deadline, Silence())
@@ -1756,21 +1741,20 @@ class Handler(socketserver.BaseRequestHandler):
         return keep
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Answer with an error; what is half answered is broken off, for it must not look whole."""
-        self.record["status"] = refusal.status
-        if self.answering:
-            self.wire.abort()
-            return
+        """Answer with an error, in the words of the API that was asked."""
         body = error_body(self.record["path"] or "", refusal.status, str(refusal))
         lines = [b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
         self._answer(refusal.status, lines, b"" if self.record["method"] == "HEAD" else body)
 
     def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> None:
-        """Answer in the gateway's own name, which always ends the connection."""
+        """Answer in the gateway's own name, which ends the connection.  What is half answered must not look whole."""
         self.record["status"] = status
         first = b"HTTP/1.1 %d %b" % (status, HTTPStatus(status).phrase.encode())
         with contextlib.suppress(ClientLeft):
-            self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
+            if self.answering:
+                self.wire.abort()
+            else:
+                self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
 
     def _send(self, data: bytes) -> None:
         self.wire.send(data, self.settings.write_timeout, ClientLeft())
@@ -1784,24 +1768,19 @@ class Handler(socketserver.BaseRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     """Accepts, encrypts, counts and drains connections."""
 
-    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port
-    request_queue_size = 1024
     block_on_close = False  # drain() waits instead, and not for ever
 
     def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], with_relay: bool = True) -> None:
         self.gateway, self.context = gateway, context
-        self.relay = Relay() if with_relay and TURN and hasattr(select, "epoll") else None
         self.slots = threading.BoundedSemaphore(gateway.settings.max_connections)
+        self.relay = Relay() if with_relay and TURN and hasattr(select, "epoll") else None
         host, port = gateway.settings.listen
-        host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")  # noqa: S104 - what --listen says
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), functools.partial(Handler, gateway, self.relay))
-
-    def server_bind(self) -> None:
-        """Bind, without asking the name service for our name as HTTPServer does."""
-        if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
+        both = host in ("", "::") and socket.has_dualstack_ipv6()
+        super().__init__((host, port), functools.partial(Handler, gateway, self.relay), bind_and_activate=False)
+        self.socket.close()  # it is for IPv4 only, and binding it would ask the name service for our name
+        family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+        self.socket = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
+        self.server_address = self.socket.getsockname()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept.  Out of descriptors, pause: the port stays ready, and the loop would spin."""
