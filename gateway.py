@@ -61,7 +61,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Callable, Final, Generic, NamedTuple, NoReturn, Optional, TypeVar
+from typing import Annotated, Any, Callable, Final, Generic, NamedTuple, NoReturn, Optional, TypeVar, get_type_hints
 
 __version__ = "1.0.0"
 
@@ -86,27 +86,26 @@ TICK: Final = 0.25  # seconds between two looks at keys, certificate, pool, dead
 NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # it may pass, so wait
 
 
-class OperatorError(Exception):
-    """Something that the person who runs the gateway can fix; the text says what and how."""
+class Settings(NamedTuple):
+    """All options: what each takes, its default (None if it may be given several times), and its purpose."""
 
-
-def fault(error: BaseException) -> str:
-    """An error of our own in one line; never its text, which may quote a key."""
-    where = error.__traceback__
-    while where and where.tb_next:
-        where = where.tb_next
-    return f"internal error: {type(error).__name__} in line {where.tb_lineno if where else 0} of the gateway"
-
-
-@contextlib.contextmanager
-def explained(failure: str, remedy: str) -> Iterator[None]:
-    """Turn an error into an OperatorError that says what failed, why, and what to do."""
-    try:
-        yield
-    except (OSError, ValueError, LookupError) as error:  # an SSLError is an OSError
-        # The error's own text is left out, since it may quote what could not be read, such as a key.
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
-        raise OperatorError(f"{failure}: {reason}; {remedy}" if reason else f"{failure}; {remedy}") from None
+    demo: Annotated[Switch, "off", "answer from a built-in stand-in, for want of an Ollama"]
+    listen: Annotated[Place, ":8443", "where to listen, like [::1]:8443; without HOST on all addresses"]
+    upstream: Annotated[Url, "http://127.0.0.1:11434", "the Ollama or other server, http or https"]
+    keys: Annotated[File, "keys.txt", "the API keys; where there is none, it is made with one fresh key"]
+    cert: Annotated[File, "cert.pem", "the certificate, with its chain; where there is none, it is made"]
+    cert_key: Annotated[File, "key.pem", "its private key"]
+    log: Annotated[File, "gateway.log", "the audit log; - is standard output"]
+    name: Annotated[Names, None, "one more host name or address in a certificate that is made"]
+    cors_origin: Annotated[Origins, None, "whose web pages may use the gateway, like https://*.example.com"]
+    max_connections: Annotated[Count, "1024", "clients at a time, while others wait"]
+    handshake_timeout: Annotated[Seconds, "10", "seconds for a TLS handshake"]
+    header_timeout: Annotated[Seconds, "15", "seconds for the whole head of a request"]
+    body_timeout: Annotated[Seconds, "30", "seconds for every 4 KiB of a request's body"]
+    write_timeout: Annotated[Seconds, "60", "seconds for a client to take the next 16 KiB"]
+    idle_timeout: Annotated[Seconds, "75", "seconds between two requests on a connection"]
+    upstream_timeout: Annotated[Seconds, "600", "seconds of silence from the upstream"]
+    grace: Annotated[Seconds, "30", "seconds for running requests to finish, at the end"]
 
 
 class Upstream(NamedTuple):
@@ -119,31 +118,89 @@ class Upstream(NamedTuple):
     prefix: str  # goes before every target; "" or "/like/this"
 
 
-class Settings(NamedTuple):
-    """What flags and environment variables decide; time-outs in seconds."""
+def upstream_url(text: str) -> Upstream:
+    """Read http://HOST:PORT or https://HOST:PORT, with a path at most."""
+    url = urllib.parse.urlsplit(text)
+    if not re.fullmatch(r"(?=[!-~]+\Z)(?i:https?)://[^/?#@]+(/[^?#]*)?", text) or not url.hostname:
+        raise ValueError
+    url.hostname.encode("idna")  # or connecting would raise this UnicodeError
+    tls = url.scheme == "https"
+    return Upstream(tls, url.hostname, url.port or (443 if tls else 80), url.netloc, url.path.rstrip("/"))
 
-    demo: bool
-    listen: tuple[str, int]
-    upstream: Upstream
-    keys: str
-    cert: str
-    cert_key: str
-    log: str
-    name: Sequence[str]
-    cors_origin: Sequence[re.Pattern[str]]
-    max_connections: int
-    handshake_timeout: float
-    header_timeout: float
-    body_timeout: float
-    write_timeout: float
-    idle_timeout: float
-    upstream_timeout: float
-    grace: float
+
+def origin_pattern(scheme: str, host: str, port: str | None) -> re.Pattern[str]:
+    """Make a pattern for the Origin header, which browsers send in lower case and without a default port."""
+    default_port = {"http": 80, "https": 443}.get(scheme.lower())
+    if default_port and re.search(r"\]$|(^|\.)[0-9]+$", host):  # an address, which browsers write in its usual form
+        host = re.sub("(.*:.*)", r"[\1]", str(ipaddress.ip_address(host.strip("[]"))))
+    end = "(:[0-9]+)?" if port == "*" else f":{int(port)}" if port and int(port) != default_port else ""
+    host = re.escape(host).replace(r"\*\.", r"([0-9a-z_-]+\.)+").replace(r"\*", "[0-9a-z._-]*")
+    return re.compile(f"{re.escape(scheme)}://{host}{end}", re.IGNORECASE | re.ASCII)
 
 
 def origin_allowed(origin: str, allowed: Iterable[re.Pattern[str]]) -> bool:
     """Whether a page of this origin, as its browser's Origin header names it, may use the gateway."""
     return any(pattern.fullmatch(origin) for pattern in allowed)
+
+
+def place(host: str, port: str) -> tuple[str, int]:
+    """Make an address to listen at."""
+    return host.strip("[]"), int(port)
+
+
+def host_name(name: str, address: str) -> str:
+    """Take a name as it is, and an address in its usual form."""
+    return name or str(ipaddress.ip_address(address))
+
+
+def read(pattern: str, convert: Callable[..., Any], text: str) -> Any:
+    """Match the text and convert the pattern's groups.  Raises ValueError."""
+    [match] = re.finditer(rf"\A(?:{pattern})\Z", text)  # a ValueError if there is none
+    return convert(*match.groups())
+
+
+HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*"  # with _, which Docker's services may have
+IPV6: Final = r"\[[0-9A-Fa-f:.]+\]"
+PORT: Final = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"  # up to 65535
+
+# What an option takes: its type, how help shows it, and how it is read.
+Switch = Annotated[bool, "", functools.partial(read, "(?i:(1|t|true|y|yes|on)|0|f|false|n|no|off)", bool)]
+Place = Annotated[tuple[str, int], "HOST:PORT", functools.partial(read, rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})", place)]
+Url = Annotated[Upstream, "URL", upstream_url]
+File = Annotated[str, "FILE", str]
+Names = Annotated[Sequence[str], "HOST", functools.partial(read, rf"({HOST_NAME})|([0-9A-Fa-f:.]+)", host_name)]
+# Not http://* and https://*, which would be every page of the web.
+ORIGIN: Final = rf"(?!(?i:https?)://\*(?::|\Z))([A-Za-z][A-Za-z0-9+.-]*)://(\*|{IPV6}|{HOST_NAME})(?::(\*|{PORT}))?"
+Origins = Annotated[Sequence[re.Pattern[str]], "ORIGIN", functools.partial(read, ORIGIN, origin_pattern)]
+Count = Annotated[int, "N", functools.partial(read, "([1-9][0-9]{0,5})", int)]
+Seconds = Annotated[float, "S", functools.partial(read, r"((?!0*\.?0*$)[0-9]{1,6}(?:\.[0-9]{1,3})?)", float)]
+
+
+class OperatorError(Exception):
+    """Something that the person who runs the gateway can fix; the text says what and how.  Exit status 2."""
+
+
+class Unable(OperatorError):
+    """The same, where the settings are understood, but the system does not allow it now.  Exit status 1."""
+
+
+def fault(error: BaseException) -> str:
+    """An error of our own in one line; never its text, which may quote a key."""
+    where = error.__traceback__
+    while where and where.tb_next:
+        where = where.tb_next
+    return f"internal error: {type(error).__name__} in line {where.tb_lineno if where else 0} of the gateway"
+
+
+@contextlib.contextmanager
+def explained(failure: str, remedy: str, kind: type[OperatorError] = OperatorError) -> Iterator[None]:
+    """Turn an error into an OperatorError, or that kind of it, that says what failed, why, and what to do."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError) as error:  # an SSLError is an OSError
+        # The error's own text is left out, since it may quote what could not be read, such as a key.
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
+        raise kind(f"{failure}: {reason}; {remedy}" if reason else f"{failure}; {remedy}") from None
 
 
 T = TypeVar("T")
@@ -214,10 +271,7 @@ class Key(NamedTuple):
 
 Keys = dict[bytes, Key]  # by SHA-256 digest
 
-STRONG: Final = 16  # characters; a shorter key can be guessed
 WELL_KNOWN: Final = {"demo-key", "demo-key-0123456789", "replace-me-with-keygen", "your-api-key-here"}
-
-_OPTION = re.compile(r"name=.+|expires=[0-9]{4}-[0-9]{2}-[0-9]{2}")  # newer Pythons read dates in other forms, too
 
 
 def find_key(keys: Keys, presented: Iterable[bytes], today: date) -> Key | None:
@@ -239,16 +293,16 @@ def load_keys(path: str) -> Keys:
     for number, line in enumerate(lines, 1):
         if words := re.sub(r"(^|\s)#.*", "", line).split():
             digest, key = _parse_key(words, f"{path}:{number}")
-            if digest in keys:
+            if keys.setdefault(digest, key) is not key:
                 raise OperatorError(f"{path}:{number}: this key is in the file already; delete one of the lines")
-            keys[digest] = key
     return keys
 
 
 def _parse_key(words: list[str], where: str) -> tuple[bytes, Key]:
     """Parse a line's words: the key, then name=NAME and expires=YYYY-MM-DD in any order."""
     secret, *words = words
-    options = dict(word.split("=", 1) for word in words if _OPTION.fullmatch(word))
+    known = r"name=.+|expires=[0-9]{4}-[0-9]{2}-[0-9]{2}"  # newer Pythons read dates in other forms, too
+    options = dict(word.split("=", 1) for word in words if re.fullmatch(known, word))
     if len(options) < len(words):
         raise OperatorError(f"{where}: after the key, only name=... and expires=YYYY-MM-DD may stand, once each")
     hashed = secret.startswith("sha256:")
@@ -257,13 +311,16 @@ def _parse_key(words: list[str], where: str) -> tuple[bytes, Key]:
     digest = bytes.fromhex(secret[7:]) if hashed else hashlib.sha256(secret.encode()).digest()
     with explained(f"{where}: there is no such day", "expires= takes a date like 2027-01-31"):
         expires = date.fromisoformat(options.get("expires", "9999-12-31"))
-    weak = not hashed and (len(secret) < STRONG or secret in WELL_KNOWN)
+    weak = not hashed and (len(secret) < 16 or secret in WELL_KNOWN)  # fewer characters can be guessed
     return digest, Key(options.get("name", f"sha256:{digest.hex()[:8]}"), expires, weak)
 
 
-def new_key() -> str:
-    """A fresh random key: 43 letters and digits are 256 bits, and by ztg_ secret scanners can find a leaked one."""
-    return "ztg_" + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(43))
+def key_line(*name: str) -> str:
+    """A line for the key file: a fresh key, and its name if there is one."""
+    if not re.fullmatch(r"([^\s-]\S*)?", " ".join(name)):
+        raise OperatorError("keygen takes one name without blanks, or none, as in: gateway.py keygen alice")
+    key = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(43))  # 256 bits
+    return "  name=".join([f"ztg_{key}", *name])  # by ztg_ secret scanners can find a leaked one
 
 
 # --- Certificates ---
@@ -274,7 +331,6 @@ def new_key() -> str:
 
 ISSUER: Final = "Zero-Trust LLM Gateway"
 DAYS: Final = 397  # Apple takes public certificates of 398 days at most (support.apple.com/HT211025); one to spare
-HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*"  # with _, which Docker's services may have
 
 
 def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
@@ -282,8 +338,9 @@ def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
-    # 0x80 is OP_IGNORE_UNEXPECTED_EOF, which has no name before Python 3.10: OpenSSL 3 takes an end without close_notify
-    # for a fatal error, after which it would not even send the 408.  The framing tells whether a request was whole.
+    # 0x80 is OP_IGNORE_UNEXPECTED_EOF, which has no name before Python 3.10: OpenSSL 3 takes an end without
+    # close_notify for a fatal error, after which it would not even send the 408.  The framing tells whether a
+    # request was whole.
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | 0x80
     # By default OpenSSL 3.0 also agrees on finite-field groups, and a few ffdhe8192 handshakes a second, which anybody may
     # ask for, keep a core busy (CVE-2002-20001).  P-256 is what every client has to have (RFC 8446, 9.1).
@@ -354,8 +411,7 @@ def make_certificate(names: Sequence[str]) -> tuple[bytes, bytes]:
     certificate = (
         x509.CertificateBuilder(issuer_name=subject, subject_name=subject, public_key=public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(start)
-        .not_valid_after(start + timedelta(DAYS))
+        .not_valid_before(start).not_valid_after(start + timedelta(DAYS))
         .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([x509.OID_SERVER_AUTH]), critical=False)
@@ -1840,6 +1896,7 @@ class Server(http.server.ThreadingHTTPServer):
 DEMO_MODEL: Final = "demo:latest"
 DEMO_TEXT: Final = "This is the gateway's built-in demo, not a model. TLS, your key and the audit log are real."
 DEMO_WORDS: Final = re.findall(r"\S+\s*", DEMO_TEXT)
+DEMO_QUESTION: Final = """/api/chat -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'"""
 DEMO_PACE: Final = 0.03  # seconds per word
 DEMO_KEPT: Final = 256 * 1024  # bytes of a request's body that are kept; a longer body counts as empty
 
@@ -1954,57 +2011,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["keygen"]:
-            print(key_line(arguments[1:]))
+            print(key_line(*arguments[1:]))
             return 0
         return serve(parse_arguments(arguments))
     except OperatorError as error:
         say(f"gateway: {error}")
-        return 2
+        return 1 if isinstance(error, Unable) else 2
     except KeyboardInterrupt:  # before stop_on_signals()
         return 130
 
 
 def serve(settings: Settings) -> int:
     """Serve until told to stop.  Whatever can be wrong is found before the port is bound."""
-    asked = settings._replace(upstream=start_demo()) if settings.demo else settings
-    room = max(1, (descriptors() - 32) // 2)  # a client needs one and its request another; 32 are for all else
-    settings = asked._replace(max_connections=min(asked.max_connections, room))
-    fresh = new_key()
-    made = not os.path.lexists(settings.keys) and create_file(settings.keys, f"{fresh} name=first\n".encode(), 0o600)
+    wanted = settings.max_connections
+    settings = settings._replace(max_connections=min(wanted, possible_connections()))
+    if settings.demo:
+        settings = settings._replace(upstream=start_demo())
+    new = key_line("first")
+    made = not os.path.lexists(settings.keys) and create_file(settings.keys, f"{new}\n".encode(), 0o600)
     ensure_certificate(settings.cert, settings.cert_key, settings.name)
     keys = Watched(lambda: load_keys(settings.keys), settings.keys)
     if not keys.value:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
     gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), Watchman(), say, seldom(say))
-    try:
+    with explained(f"cannot listen on {host_and_port(*settings.listen)}", "choose another place with --listen", Unable):
         server = Server(gateway, context)
-    except OSError as error:
-        place = host_and_port(*settings.listen)
-        say(f"gateway: cannot listen on {place}: {error.strerror}; choose another place with --listen")
-        return 1
     stop_on_signals(server)
-    announce(settings, keys.value, server.server_address[1], fresh if made else "", asked.max_connections)
+    announce(settings, keys.value, server.server_address[1], new.split()[0] if made else "", wanted)
     for run in (functools.partial(server.serve_forever, TICK), gateway.watchman.run, *([server.relay.run] if server.relay else [])):
         threading.Thread(target=vital, args=(run, server), daemon=True).start()
-    while not gateway.watchman.stopping:
-        keep_house(gateway, context)
-        time.sleep(TICK)
+    vital(functools.partial(keep_house, gateway, context), server)
+    if not gateway.watchman.stopping:  # it failed, and abandon() is about to end the process
+        return 1
     server.shutdown()
     server.server_close()
     server.drain(settings.grace)
-    if unwritten := unwritten_lines(gateway.log):
-        say("Gateway stopped, but could not write these audit lines:\n" + unwritten.decode())
-        return 1
-    say("Gateway stopped")
-    return 0
+    unwritten = unwritten_lines(log).decode()
+    say("Gateway stopped" + (f", but could not write these audit lines:\n{unwritten}" if unwritten else ""))
+    return 1 if unwritten else 0
 
 
 def keep_house(gateway: Gateway, context: Watched[ssl.SSLContext]) -> None:
-    """Look at the watched files, and say what changed; close kept connections that have become too old."""
-    for news in filter(None, (gateway.keys.refresh(), context.refresh(), log_news(gateway.log))):
-        say(news)
-    gateway.pool.prune()
+    """Until told to stop, follow the files, say what changed, and close connections that were kept for too long."""
+    while not gateway.watchman.stopping:
+        for news in filter(None, (gateway.keys.refresh(), context.refresh(), log_news(gateway.log))):
+            say(news)
+        gateway.pool.prune()
+        time.sleep(TICK)
 
 
 def vital(run: Callable[[], None], server: Server) -> None:
@@ -2040,47 +2094,49 @@ def stop_on_signals(server: Server) -> None:
         signal.signal(getattr(signal, name), lambda *_: None)
 
 
-def descriptors() -> int:
-    """Raise the limit on open descriptors as far as the system allows, and return it."""
-    try:
-        import resource  # noqa: PLC0415 - does not exist on Windows
-    except ImportError:
-        return 512  # no more can be watched there by select()
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63  # "unlimited" may be -1, and becomes a large number
+def possible_connections() -> int:
+    """The number of clients for which there are descriptors, once their limit is raised as far as the system allows."""
+    limit = 512  # on Windows, where no more can be watched by select()
+    if sys.platform != "win32":
+        import resource  # noqa: PLC0415 - does not exist there
+
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63  # "unlimited" may be -1, and becomes large
+    return max(1, (limit - 32) // 2)  # a client needs one and its request another; 32 are for all else
 
 
-def announce(settings: Settings, keys: Keys, port: int, fresh_key: str, connections: int) -> None:
+def announce(settings: Settings, keys: Keys, port: int, fresh_key: str, wanted: int) -> None:
     """Tell how to use the gateway, and what is wrong with its settings."""
-    host, upstream, cert = settings.listen[0], settings.upstream, settings.cert
+    host, upstream, cert, most = settings.listen[0], settings.upstream, settings.cert, settings.max_connections
     everywhere, near = host in ("", "0.0.0.0", "::"), upstream.host in ("127.0.0.1", "::1", "localhost")  # noqa: S104
     listen = host_and_port("" if everywhere else host, port)
-    first = f"Gateway listening on {listen}, upstream {host_and_port('' if near else upstream.host, upstream.port)}"
-    url = f"https://localhost{listen}" if everywhere else f"https://{listen}"
-    state = "the built-in demo, not a model" if settings.demo else upstream_state(upstream)
-    chat = """/api/chat -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'"""
-    target = chat if settings.demo else "/api/tags"
+    url = f"https://{'localhost' if everywhere else ''}{listen}"
+    state, target = "the built-in demo, not a model", DEMO_QUESTION
+    if not settings.demo:
+        state, target = upstream_state(upstream), "/api/tags"
     fingerprint, until, missing = describe_certificate(cert, settings.name)
-    fault = f"does not cover {', '.join(missing)}" if missing else ""
-    fault = "has expired" if until < datetime.now(timezone.utc) else fault
+    flaw = f"does not cover {', '.join(missing)}" if missing else ""
+    flaw = "has expired" if until < datetime.now(timezone.utc) else flaw
     shown = fresh_key if os.isatty(2) else ""  # in a journal or a container's log, others would find it later
-    where = f"{shown} - also in {settings.keys}, and not shown again" if shown else os.path.abspath(settings.keys)
+    also = f"{shown} - also in {settings.keys}, and not shown again"
+    new = (also if shown else f"stands in {os.path.abspath(settings.keys)}") if fresh_key else ""
     weak = "keys are short or well known; for good ones: python3 gateway.py keygen NAME"
-    few = f"at most {settings.max_connections}, not {connections}, for want of descriptors (see ulimit -Hn)"
+    few = f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)"
     lines = [
         ("URL", url),
         ("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}"),
         ("Keys", f"{len(keys)} in {settings.keys}"),
-        ("New key", f"{'' if shown else 'stands in '}{where}" if fresh_key else ""),
+        ("New key", new),
         ("WARNING", weak if any(key.weak for key in keys.values()) else ""),
-        ("Connections", few if settings.max_connections < connections else ""),
+        ("Connections", few if most < wanted else ""),
         ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
-        ("WARNING", f"{cert} {fault}; move it and {settings.cert_key} away to have a new pair made" if fault else ""),
+        ("WARNING", f"{cert} {flaw}; move it and {settings.cert_key} away to have a new pair made" if flaw else ""),
         ("Audit log", "standard output" if settings.log == "-" else settings.log),
         ("Try", f'curl --cacert {cert} -H "X-Api-Key: {shown or "YOUR-KEY"}" {url}{target}'),
     ]
-    say("\n".join([first, *(f"  {label:<12} {text}" for label, text in lines if text)]))
+    say(f"Gateway listening on {listen}, upstream {host_and_port('' if near else upstream.host, upstream.port)}"
+        + "".join(f"\n  {label:<12} {text}" for label, text in lines if text))  # fmt: skip
 
 
 def upstream_state(upstream: Upstream) -> str:
@@ -2102,15 +2158,13 @@ def say(text: str) -> None:
 
 
 def seldom(tell: Callable[[str], None]) -> Callable[[str], None]:
-    """The same, for what may happen often: at most once a minute."""
-    lock, due = threading.Lock(), [-math.inf]
+    """The same, for what may happen often: at most once a minute, but for two threads at the very same moment."""
+    due = [-math.inf]
 
     def tell_if_due(text: str) -> None:
-        with lock:
-            if time.monotonic() < due[0]:
-                return
+        if time.monotonic() >= due[0]:
             due[0] = time.monotonic() + 60
-        tell(text)
+            tell(text)
 
     return tell_if_due
 
@@ -2120,69 +2174,9 @@ def host_and_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def upstream_url(text: str) -> Upstream:
-    """Read http://HOST:PORT or https://HOST:PORT, with a path at most."""
-    url = urllib.parse.urlsplit(text)
-    if not re.fullmatch(r"(?=[!-~]+\Z)(?i:https?)://[^/?#@]+(/[^?#]*)?", text) or not url.hostname:
-        raise ValueError
-    url.hostname.encode("idna")  # or connecting would raise this UnicodeError
-    tls = url.scheme == "https"
-    return Upstream(tls, url.hostname, url.port or (443 if tls else 80), url.netloc, url.path.rstrip("/"))
-
-
-def origin_pattern(scheme: str, host: str, port: str | None) -> re.Pattern[str]:
-    """Make a pattern for the Origin header, which browsers send in lower case and without a default port."""
-    default_port = {"http": 80, "https": 443}.get(scheme.lower())
-    if default_port and host == "*":
-        raise ValueError  # this would be every page of the web
-    if default_port and re.search(r"\]$|(^|\.)[0-9]+$", host):  # an address, which browsers write in its usual form
-        host = re.sub("(.*:.*)", r"[\1]", str(ipaddress.ip_address(host.strip("[]"))))
-    end = "(:[0-9]+)?" if port == "*" else f":{int(port)}" if port and int(port) != default_port else ""
-    host = re.escape(host).replace(r"\*\.", r"([0-9a-z_-]+\.)+").replace(r"\*", "[0-9a-z._-]*")
-    return re.compile(f"{re.escape(scheme)}://{host}{end}", re.IGNORECASE | re.ASCII)
-
-
-def matching(pattern: str, convert: Callable[..., Any]) -> Callable[[str], Any]:
-    """Make a reader of arguments: it matches the pattern and converts its groups, or raises a ValueError."""
-
-    def read(text: str) -> Any:
-        if match := re.fullmatch(pattern, text):
-            return convert(*match.groups())
-        raise ValueError
-
-    return read
-
-
-# A port is a number up to 65535.
-PORT: Final = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
-IPV6: Final = r"\[[0-9A-Fa-f:.]+\]"
-LISTEN: Final = matching(rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})", lambda host, port: (host.strip("[]"), int(port)))
-SECONDS: Final = matching(r"((?!0*\.?0*$)[0-9]{1,6}(?:\.[0-9]{1,3})?)", float)
-COUNT: Final = matching("([1-9][0-9]{0,5})", int)
-YES_OR_NO: Final = matching("(?i:(1|t|true|y|yes|on)|0|f|false|n|no|off)", bool)
-ORIGIN: Final = matching(rf"([A-Za-z][A-Za-z0-9+.-]*)://(\*|{IPV6}|{HOST_NAME})(?::(\*|{PORT}))?", origin_pattern)
-HOST: Final = matching(rf"({HOST_NAME})|([0-9A-Fa-f:.]+)", lambda name, ip: name or str(ipaddress.ip_address(ip)))
-
 # A flag, what it takes, how that is read, its default (None if it may be given several times), and its purpose.
-OPTIONS: Final[Sequence[tuple[str, str, Callable[[str], Any], str | None, str]]] = (
-    ("--demo", "", YES_OR_NO, "off", "answer from a built-in stand-in, for want of an Ollama"),
-    ("--listen", "HOST:PORT", LISTEN, ":8443", "where to listen, like [::1]:8443; without HOST on all addresses"),
-    ("--upstream", "URL", upstream_url, "http://127.0.0.1:11434", "the Ollama or other server, http or https"),
-    ("--keys", "FILE", str, "keys.txt", "the API keys; where there is none, it is made with one fresh key"),
-    ("--cert", "FILE", str, "cert.pem", "the certificate, with its chain; where there is none, it is made"),
-    ("--cert-key", "FILE", str, "key.pem", "its private key"),
-    ("--log", "FILE", str, "gateway.log", "the audit log; - is standard output"),
-    ("--name", "HOST", HOST, None, "one more host name or address in a certificate that is made"),
-    ("--cors-origin", "ORIGIN", ORIGIN, None, "whose web pages may use the gateway, like https://*.example.com"),
-    ("--max-connections", "N", COUNT, "1024", "clients at a time, while others wait"),
-    ("--handshake-timeout", "S", SECONDS, "10", "seconds for a TLS handshake"),
-    ("--header-timeout", "S", SECONDS, "15", "seconds for the whole head of a request"),
-    ("--body-timeout", "S", SECONDS, "30", "seconds for every 4 KiB of a request's body"),
-    ("--write-timeout", "S", SECONDS, "60", "seconds for a client to take the next 16 KiB"),
-    ("--idle-timeout", "S", SECONDS, "75", "seconds between two requests on a connection"),
-    ("--upstream-timeout", "S", SECONDS, "600", "seconds of silence from the upstream"),
-    ("--grace", "S", SECONDS, "30", "seconds for running requests to finish, at the end"),
-)
+_SETTINGS: Final = get_type_hints(Settings, include_extras=True)
+OPTIONS: Final = [("--" + name.replace("_", "-"), *hint.__metadata__) for name, hint in _SETTINGS.items()]
 
 
 def parse_arguments(argv: Sequence[str]) -> Settings:
@@ -2198,21 +2192,14 @@ def parse_arguments(argv: Sequence[str]) -> Settings:
     flags, unknown = parser.parse_known_args(argv)
     if unknown:  # only the first is shown, since a value may be a key
         raise OperatorError(f"there is no argument {unknown[0].partition('=')[0]}; see --help")
-    values: dict[str, Any] = {}
+    values: list[Any] = []
     for (flag, what, read, default, about), (variable, given) in zip(OPTIONS, vars(flags).items()):
         text = os.environ.get(variable, "").strip()
         texts = given or ([text or default] if default else re.findall(r"[^,\s]+", text))
         with explained(f"{flag if given else variable} is not understood", f"it takes {what or 'yes or no'}: {about}"):
             found = [read(text) for text in texts]
-        values[variable[len("GATEWAY_"):].lower()] = found[-1] if default else found
-    return Settings(**values)
-
-
-def key_line(arguments: Sequence[str]) -> str:
-    """Make a line for the key file: a fresh key and the name that `keygen` was given, if any."""
-    if not re.fullmatch(r"([^\s-]\S*)?", " ".join(arguments)):
-        raise OperatorError("keygen takes one name without blanks, or none, as in: gateway.py keygen alice")
-    return "  ".join([new_key(), *(f"name={name}" for name in arguments)])
+        values.append(found[-1] if default else found)
+    return Settings(*values)
 
 
 class _Parser(argparse.ArgumentParser):
