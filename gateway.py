@@ -1902,7 +1902,7 @@ DEMO_KEPT: Final = 256 * 1024  # bytes of a request's body that are kept; a long
 
 
 class DemoUpstream(http.server.BaseHTTPRequestHandler):
-    """Stands in for Ollama: /api/{chat,generate,tags,version}, /v1/chat/completions and /v1/models."""
+    """Stands in for Ollama, as far as demo_answers() goes."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -1914,30 +1914,14 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         """Name the demo in the Server header, where the base class would tell Python's version."""
         return f"gateway-demo/{__version__}"
 
-    def do_GET(self) -> None:
-        """Answer with the version or the list of models, which programs ask for first."""
-        model = {"name": DEMO_MODEL, "model": DEMO_MODEL, "size": 0, "digest": "", "details": {}}
-        openai_model = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "demo"}
-        known: dict[str, dict[str, Any]] = {"/api/version": {"version": f"{__version__}-demo"}}
-        known |= {"/api/tags": {"models": [model]}, "/v1/models": {"object": "list", "data": [openai_model]}}
-        self._answer("application/json", [demo_line(known[self.path])] if self.path in known else None)
-
     def do_POST(self) -> None:
-        """Answer with the canned text in the format of the API that was asked, streamed or not."""
+        """Read the question, and send the answer at a reading pace, each piece made only when its turn has come."""
         fields = parse_fields("\r\n".join(f"{name}:{value}" for name, value in self.headers.items()).encode("latin-1"))
         body, content = BodyReader(body_framing(fields, b"1.1", 0)), b""
         while not body.done and (data := self.rfile.read1(READ_SIZE)):
             content = (content + body.feed(data))[:DEMO_KEPT]
         asked = {"model": "demo", "stream": self.path.startswith("/api/"), **_json_object(content)}
-        if self.path == "/v1/chat/completions":
-            self._answer("text/event-stream" if asked["stream"] else "application/json", demo_openai(asked))
-        elif self.path in ("/api/chat", "/api/generate"):
-            self._answer("application/x-ndjson", demo_ollama(asked, chat=self.path == "/api/chat"))
-        else:
-            self._answer("application/json", None)
-
-    def _answer(self, content_type: str, pieces: Iterable[bytes] | None) -> None:
-        """Send the pieces at a reading pace, each made only when its turn has come; None is a 404."""
+        content_type, pieces = demo_answer(f"{self.command} {self.path}", asked)
         self.send_response(200 if pieces else 404)
         self.send_header("Content-Type", content_type)
         self.send_header("Transfer-Encoding", "chunked")
@@ -1949,39 +1933,47 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
                 time.sleep(DEMO_PACE)
             self.wfile.write(last_chunk(NO_FIELDS))
 
+    do_GET = do_POST
+
+
+def demo_answer(request: str, asked: dict[str, Any]) -> tuple[str, Iterable[bytes] | None]:
+    """The Content-Type of the answer and its pieces, or None if that request is not in the demo."""
+    if request == "POST /v1/chat/completions":
+        return "text/event-stream" if asked["stream"] else "application/json", demo_openai(asked)
+    if request in ("POST /api/chat", "POST /api/generate"):
+        return "application/x-ndjson", demo_ollama(asked, chat=request == "POST /api/chat")
+    model = {"name": DEMO_MODEL, "model": DEMO_MODEL, "size": 0, "digest": "", "details": {}}
+    openai_model = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "demo"}
+    known: dict[str, dict[str, Any]] = {"GET /api/version": {"version": f"{__version__}-demo"}}
+    known |= {"GET /api/tags": {"models": [model]}, "GET /v1/models": {"object": "list", "data": [openai_model]}}
+    return "application/json", [demo_line(known[request])] if request in known else None
+
 
 def demo_ollama(asked: dict[str, Any], chat: bool) -> Iterator[bytes]:
     """The answer of /api/chat and /api/generate, piece by piece."""
-
-    def said(text: str, **more: Any) -> bytes:
-        now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
-        answer = {"message": {"role": "assistant", "content": text}} if chat else {"response": text}
-        return demo_line({"model": asked["model"], "created_at": now, **answer, "done": bool(more), **more})
-
-    if asked["stream"]:
-        yield from map(said, DEMO_WORDS)
     end = {"done_reason": "stop", "prompt_eval_count": demo_prompt_tokens(asked), "eval_count": len(DEMO_WORDS)}
-    yield said("" if asked["stream"] else DEMO_TEXT, **end)
+    for text in [*DEMO_WORDS, ""] if asked["stream"] else [DEMO_TEXT]:
+        now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+        said = {"message": {"role": "assistant", "content": text}} if chat else {"response": text}
+        more = {"done": True, **end} if text in ("", DEMO_TEXT) else {"done": False}
+        yield demo_line({"model": asked["model"], "created_at": now, **said, **more})
 
 
 def demo_openai(asked: dict[str, Any]) -> list[bytes]:
     """The answer of /v1/chat/completions, piece by piece."""
-    kind = "chat.completion.chunk" if asked["stream"] else "chat.completion"
-    head = {"id": "demo", "object": kind, "created": int(time.time()), "model": asked["model"]}
-    prompt, response = demo_prompt_tokens(asked), len(DEMO_WORDS)
+    prompt, response, stream = demo_prompt_tokens(asked), len(DEMO_WORDS), asked["stream"]
     usage = {"prompt_tokens": prompt, "completion_tokens": response, "total_tokens": prompt + response}
-
-    def said(part: dict[str, Any] | None, reason: str | None = None, **more: Any) -> bytes:
-        choices = [{"index": 0, **part, "finish_reason": reason}] if part else []
-        return demo_line({**head, "choices": choices, **more})
-
-    if not asked["stream"]:
-        return [said({"message": {"role": "assistant", "content": DEMO_TEXT}}, "stop", usage=usage)]
-    deltas = ({"role": "assistant", "content": word} for word in DEMO_WORDS)
-    events = [*(said({"delta": delta}) for delta in deltas), said({"delta": {}}, "stop")]
+    kind, part = ("chat.completion.chunk", "delta") if stream else ("chat.completion", "message")
+    head = {"id": "demo", "object": kind, "created": int(time.time()), "model": asked["model"]}
+    answers: list[dict[str, Any]] = []
+    for text in [*DEMO_WORDS, ""] if stream else [DEMO_TEXT]:
+        said, reason = {"role": "assistant", "content": text}, "stop" if text in ("", DEMO_TEXT) else None
+        answers.append({**head, "choices": [{"index": 0, part: said, "finish_reason": reason}]})
+    if not stream:
+        return [demo_line({**answers[0], "usage": usage})]
     if asked.get("stream_options") == {"include_usage": True}:
-        events.append(said(None, usage=usage))
-    return [b"data: " + event + b"\n" for event in [*events, b"[DONE]\n"]]
+        answers.append({**head, "choices": [], "usage": usage})
+    return [b"data: %b\n" % line for line in [*map(demo_line, answers), b"[DONE]\n"]]
 
 
 def demo_prompt_tokens(asked: dict[str, Any]) -> int:
@@ -1999,7 +1991,7 @@ def start_demo() -> Upstream:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoUpstream)
     server.handle_error = lambda *_: None  # type: ignore[method-assign] # a client that leaves early is no error
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return Upstream(False, "127.0.0.1", server.server_port, f"127.0.0.1:{server.server_port}", "")
+    return upstream_url(f"http://127.0.0.1:{server.server_port}")
 
 
 # --- Command line ---
