@@ -2011,6 +2011,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, Unable) else 2
     except KeyboardInterrupt:  # before stop_on_signals()
         return 130
+    except Exception as error:  # a traceback might show a key
+        say(fault(error))
+        return 1
 
 
 def serve(settings: Settings) -> int:

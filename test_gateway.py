@@ -747,6 +747,40 @@ def test_too_few_descriptors_are_said(start: Callable[..., RunningGateway]) -> N
     assert not enough.said("Connections")
 
 
+def test_an_error_of_our_own_is_one_line_and_exit_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "parse_arguments", lambda _: dict[str, int]()[KEY])
+    assert gateway.main([]) == 1
+    assert re.fullmatch(r"[-0-9]+ [:0-9]+ internal error: KeyError in line \d+ of the gateway\n", capsys.readouterr().err)
+
+
+UNREADABLE = """
+import os, pathlib
+def read_bytes(path):
+    return 1 / 0 if os.path.exists("fault") else read(path)
+read, pathlib.Path.read_bytes = pathlib.Path.read_bytes, read_bytes
+"""
+
+
+def test_a_fault_in_house_keeping_is_one_line_and_exit_1_and_what_it_breaks_off_is_logged(
+    tmp_path: Path, upstream: FakeUpstream
+) -> None:
+    gate = RunningGateway(tmp_path, "--upstream", f"http://127.0.0.1:{upstream.port}",
+                          program=patched_gateway(tmp_path, UNREADABLE))
+    upstream.script = lambda sock, _: sock.recv(1)
+    with gate.connect() as sock:
+        sock.sendall(request())
+        eventually(lambda: upstream.received)
+        before = gate.stderr
+        (tmp_path / "fault").touch()
+        assert gate.process.wait(PATIENCE) == 1
+    gate.errors.close()
+    said = gate.stderr[len(before):]
+    assert re.fullmatch(r"[-0-9]+ [:0-9]+ internal error: ZeroDivisionError in line \d+ of the gateway\n", said)
+    assert gate.log(1)[0]["status"] == 499
+
+
 BROKEN_STARTS = {
     "a wrong key file": ({"keys.txt": "one key=1\n"}, "keys.txt:1: .*"),
     "an empty key file": ({"keys.txt": "# nothing\n\n"}, "keys.txt holds no key; .*keygen.*"),
