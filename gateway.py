@@ -199,8 +199,9 @@ def explained(failure: str, remedy: str, kind: type[OperatorError] = OperatorErr
         yield
     except (OSError, ValueError, LookupError) as error:  # an SSLError is an OSError
         # The error's own text is left out, since it may quote what could not be read, such as a key.
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
-        raise kind(f"{failure}: {reason}; {remedy}" if reason else f"{failure}; {remedy}") from None
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or ""
+        reason = f": {reason}".partition(" (while")[0] if reason else ""  # create_server() says where; so do we
+        raise kind(f"{failure}{reason}; {remedy}") from None
 
 
 T = TypeVar("T")
@@ -2042,7 +2043,7 @@ def serve(settings: Settings) -> int:
     server.shutdown()
     server.server_close()
     server.drain(settings.grace)
-    unwritten = unwritten_lines(log).decode()
+    unwritten = unwritten_lines(gateway.log).decode()
     say("Gateway stopped" + (f", but could not write these audit lines:\n{unwritten}" if unwritten else ""))
     return 1 if unwritten else 0
 
