@@ -1159,12 +1159,7 @@ class Wire:
 
     def receive_now(self) -> bytes | None:
         """What has arrived: bytes, b"" at the end, None for nothing.  The socket must be set not to block."""
-        try:
-            return self.sock.recv(TLS_RECORD)
-        except _NOT_NOW:
-            return None
-        except OSError:
-            raise self.client.reason(self) from None
+        return self._now(self.sock.recv, TLS_RECORD)
 
     def send_now(self, data: bytes) -> int:
         """Send what can go at once; returns how much.  The socket must be set not to block.
@@ -1172,14 +1167,18 @@ class Wire:
         The rest must be what is sent next, since OpenSSL may have begun to send it.
         """
         sent = 0
+        while sent < len(data) and (more := self._now(self.sock.send, memoryview(data)[sent:] if sent else data)):
+            sent += more  # over TLS, a call sends one record
+        return sent
+
+    def _now(self, call: Callable[[Any], T], argument: Any) -> T | None:
+        """Make this call, unless it would have to block; then None."""
         try:
-            while sent < len(data):  # over TLS, a call sends one record
-                sent += self.sock.send(memoryview(data)[sent:] if sent else data)
+            return call(argument)
         except _NOT_NOW:
-            pass
+            return None
         except OSError:
             raise self.client.reason(self) from None
-        return sent
 
     def close(self) -> None:
         """Close with a close_notify, so that the peer can tell the end from a cut."""
@@ -1280,7 +1279,7 @@ class Client(Wire):
         self._end_tls()
         self.shut_down(socket.SHUT_WR)
         end = time.monotonic() + LINGER
-        with contextlib.suppress(OSError, ClientLeft, Silence):
+        with contextlib.suppress(OSError, ClientLeft, Silence, Refusal):
             self._block()
             data = b"more"
             while data:
@@ -1408,10 +1407,8 @@ class Pool:
         """The kept connection that was used last.  One that has ended, or holds bytes nobody asked for, is no good."""
         while True:
             with self._lock:
-                if not self._idle:
-                    return None
-                wire = self._idle.pop()[1]
-            if not ready([(wire, READ)], seconds=0):
+                wire = self._idle.pop()[1] if self._idle else None
+            if not wire or not ready([(wire, READ)], seconds=0):
                 return wire
             wire.abort()
 
@@ -1449,13 +1446,12 @@ class Exchange:
         self.sent, self.received = Excerpt(), Excerpt()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
         self._upstream: Wire  # from begin() on; the client has it until end()
-        self._opening = b""  # the head, and what of the body came with it
         self._kept = False  # whether the connection was used before, and has not proved good yet
         self._given_up = False  # whether the upstream does not get the rest of the request
         self._silent = UpstreamError(504, f"the upstream was silent for {settings.upstream_timeout:g} seconds")
 
     def begin(self, head: bytes) -> None:
-        """Send the head, and what of the body is here.  UpstreamError 502."""
+        """Send the head, and what of the body came with it.  UpstreamError 502."""
         self._opening = head + (b"" if self.body.done else self._next_part(b""))
         self._open(self._pool.take())
 
@@ -1471,9 +1467,10 @@ class Exchange:
         while not (self.body.done or self._given_up):
             with client.until(deadline, client, slow):
                 data = client.receive_now()
-                found = ready([(client, READ), (upstream, READ)], seconds=None) if data is None else ()
+                if data is None:
+                    ready([(client, READ), (upstream, READ)], seconds=None)
             if data is None:
-                self._given_up = upstream in found and self._has_spoken()
+                self._given_up = self._has_spoken()
                 continue
             if not data:
                 raise client.reason(client)
@@ -1526,12 +1523,9 @@ class Exchange:
         client = self._client
         with client.lock:
             upstream, client.upstream = client.upstream, None
-        if not upstream:
-            return
-        del upstream.client
-        if reusable and self.body.done and not (self._given_up or client.verdict):
+        if upstream and reusable and self.body.done and not (self._given_up or client.verdict):
             self._pool.give_back(upstream)
-        else:
+        elif upstream:
             upstream.abort()
 
     def _open(self, kept: Wire | None) -> None:
@@ -1550,10 +1544,8 @@ class Exchange:
 
     def _next_part(self, data: bytes) -> bytes:
         """The client's next bytes as the upstream gets them; what follows the body stays with the client's wire."""
-        data, self._client.ahead = self._client.ahead + data, b""
-        part = self.body.pass_on(data)
-        if self.body.done:
-            self._client.ahead = self.body.rest
+        part = self.body.pass_on(self._client.ahead + data)
+        self._client.ahead = self.body.rest  # nothing, until the body is done
         return part
 
     def _push(self, data: bytes) -> None:
@@ -1570,7 +1562,7 @@ class Exchange:
             self._given_up = True  # as in _open()
 
     def _has_spoken(self) -> bool:
-        """Whether the upstream has sent something, or ended.  It is readable for a TLS session ticket, too."""
+        """Whether the upstream has sent something, or ended."""
         data = self._upstream.receive_now()
         self._upstream.ahead += data or b""
         return data is not None
@@ -1690,7 +1682,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _await_request(self, seconds: float) -> bool:
         """Wait for the first byte of a request.  Silence is no request, and neither are empty lines."""
         wire, deadline = self.wire, time.monotonic() + seconds
-        with contextlib.suppress(ClientLeft, Silence):
+        with contextlib.suppress(ClientLeft, Silence, Refusal):
             while not self.gateway.watchman.stopping and is_writable(self.gateway.log, tolerated=MAX_KEPT_LINES):
                 wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # RFC 9112, 2.2; all at once, for there may be many
                 if wire.ahead not in (b"", b"\r"):
@@ -1807,11 +1799,11 @@ class Handler(socketserver.BaseRequestHandler):
         """Answer in the gateway's own name, which ends the connection.  What is half answered must not look whole."""
         self.record["status"] = status
         first = b"HTTP/1.1 %d %b" % (status, HTTPStatus(status).phrase.encode())
-        with contextlib.suppress(ClientLeft):
-            if self.answering:
-                self.wire.abort()
-            else:
-                self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
+        if self.answering:
+            self.wire.abort()
+            return
+        with contextlib.suppress(ClientLeft, Refusal):  # either may be the verdict of a wait before
+            self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
 
     def _send(self, data: bytes) -> None:
         self.wire.send(data, self.settings.write_timeout, ClientLeft())
@@ -1879,7 +1871,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What clients do to connections is no news.  A fault of ours is, in one line."""
         error = sys.exc_info()[1]
-        if error and not isinstance(error, OSError):
+        if not isinstance(error, (OSError, type(None))):
             self.gateway.report(fault(error))
 
     def drain(self, grace: float) -> None:
