@@ -1101,8 +1101,8 @@ def _was_moved(path: str, file: io.FileIO) -> bool:
 # --- Sockets ---
 # Every connection has a thread, and calls on its sockets block.  A socket's own time-out would start anew with every
 # byte, so a client that sends one now and then could hold a thread for ever.  Instead, a thread that is about to block
-# writes down until when, and what it means if that passes.  One thread, the watchman, looks at all of them four times
-# a second and shuts down, below TLS, the socket of whoever overstays: the blocked call returns.
+# writes down its deadline, and which error it means to miss it.  One thread, the watchman, looks at all deadlines four
+# times a second.  Where one has passed, it shuts the socket down, below TLS, so that the blocked call returns.
 
 READ: Final = getattr(select, "POLLIN", 1)
 WRITE: Final = getattr(select, "POLLOUT", 4)
@@ -1111,8 +1111,8 @@ GONE: Final = getattr(select, "POLLRDHUP", 0)  # Linux: the peer has left, even 
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 # A thread that gives up the interpreter's lock for a system call, while others want it, sleeps until it gets it back.
-# So connections' threads take turns: one keeps its turn from the bytes that woke it until it blocks again, which halves
-# the CPU of 1000 streams.  An interpreter without that lock needs neither turns nor a relay.
+# So the connections' threads take turns: each keeps its turn from the bytes that woke it until it blocks again, which
+# halves the CPU of 1000 streams.  An interpreter without that lock needs neither turns nor a relay.
 TURN: Final = threading.Lock() if getattr(sys, "_is_gil_enabled", lambda: True)() else None
 
 
@@ -1121,13 +1121,13 @@ class ClientLeft(Exception):
 
 
 class Silence(Exception):
-    """Nothing was asked for in time: the connection may end without a word, and must when the gateway stops."""
+    """No request came in time.  The connection may end without an answer, and it must when the gateway stops."""
 
 
 class Wire:
-    """A connected socket, TLS or plain.  When it breaks, it raises what that means: `failure`."""
+    """A connected socket, TLS or plain.  Its methods raise what `failure` makes when the connection breaks."""
 
-    client: Client  # whose connection it belongs to; the upstream's belongs to one only while a request is in flight
+    client: Client  # whose connection it serves: a client's wire its own, an upstream's the one that uses it now
 
     def __init__(self, sock: socket.socket, failure: Callable[[], Exception]) -> None:
         self.sock, self.failure, self.descriptor, self.lock = sock, failure, sock.fileno(), threading.Lock()
@@ -1142,14 +1142,14 @@ class Wire:
             data = self.sock.recv(self._size)
         if not data and self.client.verdict:
             raise self.client.reason(self)
-        # Room costs memory in every thread, so there is more of it only where reads fill it.
+        # A large buffer costs memory in every thread, so only a connection that fills the small one gets it.
         self._size = self._most if len(data) == self._size else TLS_RECORD
         return data
 
     def send(self, data: bytes, seconds: float, overdue: Exception) -> None:
-        """Send all.  Raises `overdue` when a TLS record of it takes longer than that."""
+        """Send all.  Raises `overdue` if the peer takes no TLS record of it (16 KiB) for that long."""
         sent = 0
-        if TURN:  # mostly all of it can go at once, and the thread keeps its turn
+        if TURN:  # usually all of it can be sent at once, and then the thread keeps its turn
             self.sock.setblocking(False)
             sent = self.send_now(data)
         while sent < len(data):
@@ -1158,13 +1158,13 @@ class Wire:
                 sent += self.sock.send(memoryview(data)[sent:])
 
     def receive_now(self) -> bytes | None:
-        """What has arrived: bytes, b"" at the end, None for nothing.  The socket must be set not to block."""
+        """What has arrived: bytes, b"" at the end, None if nothing.  The socket must be in non-blocking mode."""
         return self._now(self.sock.recv, TLS_RECORD)
 
     def send_now(self, data: bytes) -> int:
-        """Send what can go at once; returns how much.  The socket must be set not to block.
+        """Send what can be sent at once; returns how many bytes.  The socket must be in non-blocking mode.
 
-        The rest must be what is sent next, since OpenSSL may have begun to send it.
+        The rest has to be sent next, before anything else, since OpenSSL may hold a part of it already.
         """
         sent = 0
         while sent < len(data) and (more := self._now(self.sock.send, memoryview(data)[sent:] if sent else data)):
@@ -1172,7 +1172,7 @@ class Wire:
         return sent
 
     def _now(self, call: Callable[[Any], T], argument: Any) -> T | None:
-        """Make this call, unless it would have to block; then None."""
+        """Make a call on the socket; None if it would have had to block."""
         try:
             return call(argument)
         except _NOT_NOW:
@@ -1181,18 +1181,19 @@ class Wire:
             raise self.client.reason(self) from None
 
     def close(self) -> None:
-        """Close with a close_notify, so that the peer can tell the end from a cut."""
+        """Close with a close_notify, by which the peer can tell a regular end from a cut connection."""
         self._end_tls()
         self._close()
 
     def abort(self) -> None:
-        """Close with a reset: the peer must not take what it has for a whole answer."""
+        """Close with a reset, so that the peer does not take what it has received for a whole message."""
+        no_linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
         with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
         self._close()
 
     def shut_down(self, how: int) -> None:
-        """Shut it down below TLS: SSLSocket.shutdown() would take the TLS object away from the thread that uses it."""
+        """Shut the TCP connection down.  SSLSocket.shutdown() would discard the TLS object that a thread is using."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, how)
 
@@ -1208,7 +1209,7 @@ class Wire:
         with contextlib.suppress(OSError, ValueError):
             if isinstance(self.sock, ssl.SSLSocket):
                 self.sock.setblocking(False)
-                self.sock.unwrap()  # sends our close_notify, then raises because the peer's is not there
+                self.sock.unwrap()  # sends our close_notify, and raises since the peer's has not come yet
 
     def _close(self) -> None:
         with self.lock:
@@ -1216,11 +1217,11 @@ class Wire:
 
 
 class Client(Wire):
-    """The wire to a client, and what the watchman knows of its connection.
+    """The wire to a client, and what the watchman needs to know of the connection.
 
-    `with client.until(deadline, wire, overdue):` surrounds a call that blocks on a wire, this one or the upstream's.  If
-    the deadline passes, the call ends early, and the verdict is `overdue`.  The lock keeps the watchman away from a
-    socket that is just being closed, or handed to another connection.
+    `with client.until(deadline, wire, overdue):` surrounds a call that blocks on a wire, this one or the upstream's.
+    If the deadline passes, the watchman makes `overdue` its verdict and ends the call.  Sockets are shut down, closed
+    and handed over under the lock, or the watchman could shut down a socket that belongs to another connection by then.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -1231,16 +1232,17 @@ class Client(Wire):
         self.verdict: Exception | None = None  # why the watchman intervened
 
     def until(self, deadline: float, wire: Wire, overdue: Exception) -> Client:
-        """Write down what the thread is about to block on, until when (monotonic), and what it means to overstay."""
+        """Note what the thread is about to block on, its deadline (monotonic), and the error if it passes."""
         self.wait = deadline, wire, overdue
         return self
 
     def __enter__(self) -> None:
+        """Let other threads take their turn while this one is blocked."""
         if TURN:
             TURN.release()
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """The call is over.  An OSError becomes its reason."""
+        """The call has returned.  An OSError is replaced by its reason."""
         if TURN:
             TURN.acquire()
         wait, self.wait = self.wait, None
@@ -1248,17 +1250,18 @@ class Client(Wire):
             raise self.reason(wait[1]) from error
 
     def reason(self, wire: Wire) -> Exception:
-        """Why a call on the wire failed: the watchman's verdict, which is told once, or what it means that it broke."""
+        """Why a call on the wire failed: the watchman's verdict, which counts once, or else the wire's `failure`."""
         with self.lock:
             verdict, self.verdict = self.verdict, None
         return verdict or wire.failure()
 
     def look(self, now: float, left: set[Wire], stopping: bool) -> None:
-        """Intervene if the deadline has passed or the client has left.  The caller holds the lock."""
+        """For the watchman, who holds the lock: intervene if the deadline has passed or the client has left."""
         deadline, wire, overdue = self.wait or (math.inf, self, ClientLeft())
         if deadline < now or (stopping and isinstance(overdue, Silence)):
-            # Reading ends first, since a client that is too slow is still to get its 408.  That ends no write, and no
-            # read in which records without data keep coming (TLS KeyUpdate): the next look ends both directions.
+            # At first only reading ends, since a client that is too slow shall still get its 408.  That ends neither a
+            # write nor a read during which records without data keep coming (TLS KeyUpdate), so if the call is still
+            # blocked at the next look, both directions end.
             how = socket.SHUT_RDWR if self.verdict else socket.SHUT_RD
             self.verdict = self.verdict or overdue  # before the thread wakes and asks for it
             wire.shut_down(how)
@@ -1266,15 +1269,15 @@ class Client(Wire):
             self.end()
 
     def end(self) -> None:
-        """End the connection, whatever its thread is doing, as if the client had left.  The caller holds the lock."""
+        """End the connection as if the client had left, whatever its thread is doing.  The caller holds the lock."""
         self.verdict = self.verdict or ClientLeft()
         for wire in filter(None, (self, self.upstream)):
             wire.shut_down(socket.SHUT_RDWR)
 
     def linger(self) -> None:
-        """Half-close, and let the peer finish sending.
+        """Half-close, and let the client finish sending.
 
-        Closing while bytes arrive would reset the connection, and the peer could lose our answer.
+        To close while it is sending would reset the connection, and the client could lose our answer.
         """
         self._end_tls()
         self.shut_down(socket.SHUT_WR)
@@ -1284,7 +1287,7 @@ class Client(Wire):
             data = b"more"
             while data:
                 with self.until(min(end, time.monotonic() + LINGER_SILENCE), self, Silence()):
-                    data = socket.socket.recv(self.sock, READ_SIZE)  # below TLS, only to be thrown away
+                    data = socket.socket.recv(self.sock, READ_SIZE)  # below TLS, since it is only discarded
 
 class Watchman:
     """Ends what overstays, and requests whose clients have left."""
@@ -1295,7 +1298,7 @@ class Watchman:
         self.lock = threading.Lock()
 
     def run(self) -> None:
-        """Look around for ever.  Nothing in it blocks."""
+        """Look at all connections, again and again.  Nothing in here blocks."""
         while True:
             time.sleep(TICK)
             with self.lock:
@@ -1326,14 +1329,14 @@ def ready(wanted: Sequence[tuple[Wire, int]], seconds: float | None) -> set[Wire
 
 
 # --- Relay ---
-# A connection's thread may lend a running stream to the relay's thread, since to wake a thread for every token costs
-# twice the token.  The relay does one thing: when something has come from an upstream, it has it moved to the client, as
-# far as that needs no waiting.  Everything else - a slow client, the end, a fault - is for the connection's own thread,
-# which sleeps meanwhile, and which does all of the work where there is no relay.
+# A connection's thread may lend a running stream to the relay's thread, since waking a thread for every token costs
+# twice as much as the token.  The relay does one thing: when something has come from an upstream, it moves it on to the
+# client, if that is possible without waiting.  Everything else - a slow client, the end, an error - is left to the
+# connection's own thread, which sleeps meanwhile, and which does all of the work where there is no relay.
 
 
 class Loan:
-    """A running stream: how to move what has arrived, and how to wake the thread that lent it."""
+    """A running stream: how to move on what has arrived, and how to wake the thread that lent it."""
 
     def __init__(self, move: Callable[[], bool]) -> None:
         self.move, self.returned = move, threading.Semaphore(0)
@@ -1352,7 +1355,7 @@ class Relay:
         loan = self._loans[upstream.descriptor] = Loan(move)
         try:
             self._poll.register(upstream.descriptor, select.EPOLLIN)
-        except OSError:  # the system is short of watches, and the thread can do without
+        except OSError:  # the system has no more watches to give, and the thread can do without
             del self._loans[upstream.descriptor]
             return
         loan.returned.acquire()
@@ -1376,7 +1379,7 @@ class Relay:
         try:
             if loan.move():
                 return
-        except Exception as failure:  # for the stream's own thread to handle
+        except Exception as failure:  # the stream's own thread handles it
             loan.failure = failure
         self._poll.unregister(descriptor)
         del self._loans[descriptor]
@@ -1384,8 +1387,8 @@ class Relay:
 
 
 # --- Forwarding ---
-# http.client finds the upstream and connects.  Heads and bodies are ours: http.client takes 103 for a final answer, "-5"
-# for a length, and a body that was cut short for a whole one.
+# http.client connects to the upstream.  Heads and bodies are parsed here, since http.client takes 103 for a final
+# answer, "-5" for a length, and a body that was cut short for a whole one.
 
 
 class UpstreamError(Refusal):
@@ -1404,7 +1407,7 @@ class Pool:
         self._idle: deque[tuple[float, Wire]] = deque()  # (since when, connection), oldest first
 
     def take(self) -> Wire | None:
-        """The kept connection that was used last.  One that has ended, or holds bytes nobody asked for, is no good."""
+        """The kept connection that was used last, if any.  One that has ended, or sent something unasked, is closed."""
         while True:
             with self._lock:
                 wire = self._idle.pop()[1] if self._idle else None
@@ -1429,7 +1432,7 @@ class Pool:
         try:
             connection.connect()
             sock = connection.sock
-            if self._tls:  # not by HTTPSConnection, for which an end without close_notify would be no cut
+            if self._tls:  # HTTPSConnection would not report an end without close_notify, which is a cut
                 sock = self._tls.wrap_socket(sock, server_hostname=self.upstream.host, suppress_ragged_eofs=False)
         except OSError as error:
             reason = getattr(error, "verify_message", None) or error.strerror or "no answer"
@@ -1490,7 +1493,7 @@ class Exchange:
             harmless = self._request.method in IDEMPOTENT and not self._request.framing
             if not (self._kept and harmless and error.status == 502) or self._upstream.ahead:
                 raise
-            # The kept connection ended just when it was used again.  This request may be sent twice (RFC 9110, 9.2.2).
+            # The kept connection ended just as it was used again, and this request may be repeated (RFC 9110, 9.2.2).
             self.end()
             self._open(None)
             return self.read_head()
@@ -1514,12 +1517,12 @@ class Exchange:
                 data = self._receive(may_end=answer.framing == UNTIL_CLOSE)
                 self._answer.done = not data
                 self._unsent = _upstreams(self._answer.pass_on, data)
-        # Before the client has the end, after which its next request may come at once and want a connection.
+        # Before the client has the end of the answer, since its next request may follow at once and need a connection.
         self.end(reusable=keeps_alive(answer) and answer.framing != UNTIL_CLOSE and not self._answer.rest)
         self._flush()
 
     def end(self, reusable: bool = False) -> None:
-        """Keep the upstream's connection for another request, or close it, which stops the model.  Harmless twice."""
+        """Keep the upstream's connection for another request, or close it, which stops the model.  May be repeated."""
         client = self._client
         with client.lock:
             upstream, client.upstream = client.upstream, None
@@ -1540,16 +1543,16 @@ class Exchange:
         try:
             kept.send(self._opening, self._settings.upstream_timeout, self._silent)
         except UpstreamError:
-            self._given_up = True  # an upstream that takes no more may still have answered
+            self._given_up = True  # but an upstream that reads no more may have answered
 
     def _next_part(self, data: bytes) -> bytes:
-        """The client's next bytes as the upstream gets them; what follows the body stays with the client's wire."""
+        """The body's next bytes as the upstream gets them; what follows the body is left to the next request."""
         part = self.body.pass_on(self._client.ahead + data)
         self._client.ahead = self.body.rest  # nothing, until the body is done
         return part
 
     def _push(self, data: bytes) -> None:
-        """Send to an upstream that may answer instead of reading on, which a write that blocks would miss."""
+        """Send a part of the body.  A blocking write would not notice an upstream that answers instead of reading."""
         try:
             while data := data[self._upstream.send_now(data) :]:
                 deadline = time.monotonic() + self._settings.upstream_timeout
@@ -1579,18 +1582,18 @@ class Exchange:
         self._unsent = b""
 
     def _lend(self, relay: Relay) -> None:
-        """Let the relay bring the answer, as far as that needs no waiting for the client."""
+        """Let the relay bring the answer, until that would need waiting for the client."""
         for wire in (self._upstream, self._client):
             wire.sock.setblocking(False)
         with self._renewed():
             _upstreams(relay.carry, self._upstream, self._move)
 
     def _move(self) -> bool:
-        """In the relay's thread: bring what has arrived; False where the stream's own thread has to go on."""
+        """In the relay's thread: move on what has arrived; False if the stream's own thread has to continue."""
         data = self._upstream.receive_now()
         if data:
             self._unsent = self._answer.pass_on(data)
-            if not self._answer.done:  # for the end, see bring()
+            if not self._answer.done:  # the end is sent by bring()
                 self._unsent = self._unsent[self._client.send_now(self._unsent) :]
             self._renewed()
         return data != b"" and not self._unsent
@@ -1609,7 +1612,7 @@ def _upstreams(rule: Callable[..., T], *arguments: Any) -> T:
 
 
 # --- Handler ---
-# The order in which a request meets all of the above.  Clients are answered here and nowhere else.
+# The life of a connection and of a request, in order.  Only this section answers clients.
 
 
 class Gateway(NamedTuple):
@@ -1621,7 +1624,7 @@ class Gateway(NamedTuple):
     pool: Pool
     watchman: Watchman
     report: Callable[[str], None]
-    report_seldom: Callable[[str], None]  # for what a client can cause as often as it likes
+    report_seldom: Callable[[str], None]  # for what a client can cause at will
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -1634,7 +1637,7 @@ class Handler(socketserver.BaseRequestHandler):
         super().__init__(wire.sock, client_address, server)  # which calls handle()
 
     def setup(self) -> None:
-        """Let the watchman know of it."""
+        """Put the connection under the watchman's eyes."""
         with self.gateway.watchman.lock:
             self.gateway.watchman.clients.add(self.wire)
 
@@ -1648,14 +1651,14 @@ class Handler(socketserver.BaseRequestHandler):
             self.wire.linger()
 
     def finish(self) -> None:
-        """Close it, whatever happened."""
+        """Close the connection, whatever happened."""
         with self.gateway.watchman.lock:
             self.gateway.watchman.clients.remove(self.wire)
         self.wire.close()
         del self.wire.client  # or only the garbage collector would free what OpenSSL holds for it
 
     def _shake_hands(self) -> bool:
-        """Whether TLS is set up.  Clients that connect and leave, as browsers and health checks do, are no news."""
+        """Set up TLS; False if that fails.  Clients that only connect, as health checks do, are not reported."""
         try:
             with self.wire.until(time.monotonic() + self.settings.handshake_timeout, self.wire, Silence()):
                 self.request.do_handshake()
@@ -1671,7 +1674,7 @@ class Handler(socketserver.BaseRequestHandler):
         return False
 
     def _answer_plain_http(self) -> None:
-        """Tell a client that sent http:// to this port.  OpenSSL has read its request, so the log cannot say more."""
+        """Answer a client that sent plain HTTP.  OpenSSL has consumed its request, so the log cannot show it."""
         record = {**new_record(self.peer), "status": 400}
         append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), record, 0))
         head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
@@ -1680,11 +1683,11 @@ class Handler(socketserver.BaseRequestHandler):
         self.unread = True
 
     def _await_request(self, seconds: float) -> bool:
-        """Wait for the first byte of a request.  Silence is no request, and neither are empty lines."""
+        """Wait for the first byte of a request; False if none comes.  Empty lines before it are skipped."""
         wire, deadline = self.wire, time.monotonic() + seconds
         with contextlib.suppress(ClientLeft, Silence, Refusal):
             while not self.gateway.watchman.stopping and is_writable(self.gateway.log, tolerated=MAX_KEPT_LINES):
-                wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # RFC 9112, 2.2; all at once, for there may be many
+                wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # RFC 9112, 2.2; at once, since there may be many
                 if wire.ahead not in (b"", b"\r"):
                     return True
                 data = wire.receive(deadline, Silence())
@@ -1712,9 +1715,9 @@ class Handler(socketserver.BaseRequestHandler):
         except ClientLeft:
             self.record["status"] = 499
             self.wire.abort()
-        except Exception as error:  # a fault of ours, or a lack of memory, costs one connection and is told
+        except Exception as error:  # a bug, or a lack of memory, costs one connection and is reported
             self.gateway.report(fault(error))
-            self._refuse(Refusal(500, "the gateway failed; what it says on its terminal tells where"))
+            self._refuse(Refusal(500, "the gateway failed; its standard error says where"))
         finally:
             append_line(self.gateway.log, audit_line(self.began, self.record, time.monotonic() - began))
         return False
@@ -1734,7 +1737,7 @@ class Handler(socketserver.BaseRequestHandler):
         return parse_request(head)
 
     def _is_allowed_preflight(self, request: Request) -> bool:
-        """Note the request's origin, if it is one that may use the gateway, and tell whether it is a preflight."""
+        """Whether it is a preflight of an allowed origin.  Answers to such an origin get CORS fields from now on."""
         origin = request.fields.get(b"origin", b"")
         if not origin_allowed(origin.decode("latin-1"), self.settings.cors_origin):
             return False
@@ -1742,7 +1745,7 @@ class Handler(socketserver.BaseRequestHandler):
         return is_preflight(request)
 
     def _admit(self, request: Request) -> None:
-        """Check the key, and that what follows can be logged.  Raises ClientError 403 or 503."""
+        """Check the key, and that the log can be written.  Raises ClientError 403 or 503."""
         key = find_key(self.gateway.keys.value, presented_keys(request.fields), self.began.date())
         if not key:
             raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY")
@@ -1752,7 +1755,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _forward(self, request: Request) -> bool:
         """Send the request on and bring the answer; True if the connection can carry another request."""
-        without = b"origin" if self.cors else b""  # Ollama would refuse it
+        without = b"origin" if self.cors else b""  # Ollama refuses origins that it does not know
         exchange = Exchange(self.gateway.pool, self.relay, self.wire, request, self.settings)
         try:
             exchange.begin(forwarded_head(request, self.settings.upstream, self.peer, without))
@@ -1764,7 +1767,7 @@ class Handler(socketserver.BaseRequestHandler):
                 answer = exchange.read_head()
                 if answer.status >= 200:
                     return self._bring(request, exchange, answer)
-                if answer.status > 100 and request.version == b"1.1":  # nobody asked the upstream for a 100
+                if answer.status > 100 and request.version == b"1.1":  # the gateway sends 100 itself
                     self._send(answer_head(answer, self.settings.upstream))
             raise UpstreamError(502, "the upstream sends interim answers without end")
         finally:
@@ -1784,25 +1787,25 @@ class Handler(socketserver.BaseRequestHandler):
             exchange.bring(answer, answer_head(answer, self.settings.upstream, added, without), chunked)
         except ClientLeft:
             if has_said_all(exchange.received):
-                return False  # and the status stays what it was
+                return False  # it has the whole answer, and the status stays
             raise
         self.unread = bool(self.wire.ahead) or not exchange.body.done
         return keep
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Answer with an error, in the words of the API that was asked."""
+        """Answer with an error in the format of the API that was asked."""
         body = error_body(self.record["path"] or "", refusal.status, str(refusal))
         lines = [b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
         self._answer(refusal.status, lines, b"" if self.record["method"] == "HEAD" else body)
 
     def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> None:
-        """Answer in the gateway's own name, which ends the connection.  What is half answered must not look whole."""
+        """Send an answer of the gateway's own, which ends the connection; cut one that is half sent already."""
         self.record["status"] = status
         first = b"HTTP/1.1 %d %b" % (status, HTTPStatus(status).phrase.encode())
         if self.answering:
             self.wire.abort()
             return
-        with contextlib.suppress(ClientLeft, Refusal):  # either may be the verdict of a wait before
+        with contextlib.suppress(ClientLeft, Refusal):  # a Refusal, if the watchman's verdict came late
             self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
 
     def _send(self, data: bytes) -> None:
@@ -1817,7 +1820,7 @@ class Handler(socketserver.BaseRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     """Accepts, encrypts, counts and drains connections."""
 
-    block_on_close = False  # drain() waits instead, and not for ever
+    block_on_close = False  # server_close() would wait for ever; drain() does not
 
     def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], with_relay: bool = True) -> None:
         self.gateway, self.context = gateway, context
@@ -1832,7 +1835,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept.  Out of descriptors, pause: the port stays ready, and the loop would spin."""
+        """Accept a connection; pause where descriptors are short, since the accept loop would spin."""
         try:
             return super().get_request()
         except OSError as error:
@@ -1847,7 +1850,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.close_request(request)
                 return
         try:
-            # Not by threading.Thread, whose start() waits for the thread to begin: a tenth of a new connection's CPU.
+            # threading.Thread.start() would wait until the thread runs, for a tenth of a new connection's CPU.
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError:
             self.close_request(request)
@@ -1862,20 +1865,20 @@ class Server(http.server.ThreadingHTTPServer):
             self.slots.release()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Have the connection handled, over TLS and under the watchman's eyes."""
+        """Have Handler handle the connection over TLS."""
         with TURN or contextlib.nullcontext():
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
             request = Client(self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False))
             super().finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """What clients do to connections is no news.  A fault of ours is, in one line."""
+        """Report a bug in one line, but no errors that a client causes on its connection."""
         error = sys.exc_info()[1]
         if not isinstance(error, (OSError, type(None))):
             self.gateway.report(fault(error))
 
     def drain(self, grace: float) -> None:
-        """Let running requests finish for `grace` seconds; then break them off, so that they are logged."""
+        """Let running requests finish for `grace` seconds; then end them, so that they are logged."""
         for seconds in (grace, 2.0):
             deadline = time.monotonic() + seconds
             while self.gateway.watchman.clients and time.monotonic() < deadline:
