@@ -1256,7 +1256,7 @@ class Client(Wire):
         return verdict or wire.failure()
 
     def look(self, now: float, left: set[Wire], stopping: bool) -> None:
-        """For the watchman, who holds the lock: intervene if the deadline has passed or the client has left."""
+        """For the watchman, which holds the lock: intervene if the deadline has passed or the client has left."""
         deadline, wire, overdue = self.wait or (math.inf, self, ClientLeft())
         if deadline < now or (stopping and isinstance(overdue, Silence)):
             # At first only reading ends, since a client that is too slow shall still get its 408.  That ends neither a
@@ -1288,6 +1288,7 @@ class Client(Wire):
             while data:
                 with self.until(min(end, time.monotonic() + LINGER_SILENCE), self, Silence()):
                     data = socket.socket.recv(self.sock, READ_SIZE)  # below TLS, since it is only discarded
+
 
 class Watchman:
     """Ends what overstays, and requests whose clients have left."""
