@@ -1466,7 +1466,7 @@ class Exchange:
         """
         client, upstream, seconds = self._client, self._upstream, self._settings.body_timeout
         slow, deadline, progress = ClientError(408, "the request's body came too slowly"), time.monotonic() + seconds, 0
-        for wire in (client, upstream):
+        for wire in (client, upstream) if not self.body.done else ():
             wire.sock.setblocking(False)
         while not (self.body.done or self._given_up):
             with client.until(deadline, client, slow):
