@@ -1137,7 +1137,7 @@ class Wire:
 
     def receive(self, deadline: float, overdue: Exception) -> bytes:
         """The next bytes, b"" at the end.  Raises `overdue` after the deadline."""
-        self._block()
+        self.sock.setblocking(True)
         with self.client.until(deadline, self, overdue):
             data = self.sock.recv(self._size)
         if not data and self.client.verdict:
@@ -1153,7 +1153,7 @@ class Wire:
             self.sock.setblocking(False)
             sent = self.send_now(data)
         while sent < len(data):
-            self._block()
+            self.sock.setblocking(True)
             with self.client.until(time.monotonic() + seconds, self, overdue):
                 sent += self.sock.send(memoryview(data)[sent:])
 
@@ -1200,10 +1200,6 @@ class Wire:
     def fileno(self) -> int:
         """For select()."""
         return self.descriptor
-
-    def _block(self) -> None:
-        if self.sock.gettimeout() is not None:
-            self.sock.setblocking(True)
 
     def _end_tls(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -1283,7 +1279,7 @@ class Client(Wire):
         self.shut_down(socket.SHUT_WR)
         end = time.monotonic() + LINGER
         with contextlib.suppress(OSError, ClientLeft, Silence, Refusal):
-            self._block()
+            self.sock.setblocking(True)
             data = b"more"
             while data:
                 with self.until(min(end, time.monotonic() + LINGER_SILENCE), self, Silence()):
@@ -1637,13 +1633,10 @@ class Handler(socketserver.BaseRequestHandler):
         self.unread = False  # whether the client may still be sending a request that has been answered
         super().__init__(wire.sock, client_address, server)  # which calls handle()
 
-    def setup(self) -> None:
-        """Put the connection under the watchman's eyes."""
-        with self.gateway.watchman.lock:
-            self.gateway.watchman.clients.add(self.wire)
-
     def handle(self) -> None:
         """The life of a connection."""
+        with self.gateway.watchman.lock:
+            self.gateway.watchman.clients.add(self.wire)
         if self._shake_hands():
             seconds = self.settings.header_timeout
             while self._await_request(seconds) and self._one_request():
@@ -1654,7 +1647,7 @@ class Handler(socketserver.BaseRequestHandler):
     def finish(self) -> None:
         """Close the connection, whatever happened."""
         with self.gateway.watchman.lock:
-            self.gateway.watchman.clients.remove(self.wire)
+            self.gateway.watchman.clients.discard(self.wire)
         self.wire.close()
         del self.wire.client  # or only the garbage collector would free what OpenSSL holds for it
 
@@ -1678,9 +1671,9 @@ class Handler(socketserver.BaseRequestHandler):
         """Answer a client that sent plain HTTP.  OpenSSL has consumed its request, so the log cannot show it."""
         record = {**new_record(self.peer), "status": 400}
         append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), record, 0))
-        head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+        head = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
         with contextlib.suppress(OSError):
-            socket.socket.send(self.wire.sock, head + b"This port speaks https.\n")  # below TLS
+            socket.socket.send(self.request, head + b"This port speaks https.\n")  # below TLS
         self.unread = True
 
     def _await_request(self, seconds: float) -> bool:
@@ -1706,11 +1699,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.cors: list[bytes] = []
         try:
             request = self._read_request()
-            if self._is_allowed_preflight(request):
-                self._answer(204, preflight_lines(request))
-                return False
-            self._admit(request)
-            return self._forward(request)
+            return self._admit(request) and self._forward(request)
         except Refusal as refusal:
             self._refuse(refusal)
         except ClientLeft:
@@ -1737,22 +1726,24 @@ class Handler(socketserver.BaseRequestHandler):
         head, wire.ahead = found
         return parse_request(head)
 
-    def _is_allowed_preflight(self, request: Request) -> bool:
-        """Whether it is a preflight of an allowed origin.  Answers to such an origin get CORS fields from now on."""
-        origin = request.fields.get(b"origin", b"")
-        if not origin_allowed(origin.decode("latin-1"), self.settings.cors_origin):
-            return False
-        self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
-        return is_preflight(request)
+    def _admit(self, request: Request) -> bool:
+        """Check the key, and that the log can be written; False if a preflight has been answered, which has no key.
 
-    def _admit(self, request: Request) -> None:
-        """Check the key, and that the log can be written.  Raises ClientError 403 or 503."""
+        Raises ClientError 403 or 503.
+        """
+        origin = request.fields.get(b"origin", b"")
+        if origin_allowed(origin.decode("latin-1"), self.settings.cors_origin):
+            self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
+            if is_preflight(request):
+                self._answer(204, preflight_lines(request))
+                return False
         key = find_key(self.gateway.keys.value, presented_keys(request.fields), self.began.date())
         if not key:
             raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY")
         self.record["key"] = key.name
         if not is_writable(self.gateway.log):
             raise ClientError(503, "the audit log cannot be written; until it can, nothing is forwarded")
+        return True
 
     def _forward(self, request: Request) -> bool:
         """Send the request on and bring the answer; True if the connection can carry another request."""
