@@ -1456,7 +1456,7 @@ class Exchange:
         self._open(self._pool.take())
 
     def upload(self) -> None:
-        """Send the rest of the body as it comes.  If the upstream answers before that, the rest is given up.
+        """Send the rest of the body as it comes, until the upstream answers.  After an interim answer, it may go on.
 
         Raises ClientError 408, ClientLeft, UpstreamError 504.
         """
@@ -1464,13 +1464,13 @@ class Exchange:
         slow, deadline, progress = ClientError(408, "the request's body came too slowly"), time.monotonic() + seconds, 0
         for wire in (client, upstream) if not self.body.done else ():
             wire.sock.setblocking(False)
-        while not (self.body.done or self._given_up):
+        while not (self.body.done or self._given_up or upstream.ahead):
             with client.until(deadline, client, slow):
                 data = client.receive_now()
                 if data is None:
                     ready([(client, READ), (upstream, READ)], seconds=None)
             if data is None:
-                self._given_up = self._has_spoken()
+                self._given_up = self._hear() == b""
                 continue
             if not data:
                 raise client.reason(client)
@@ -1555,17 +1555,17 @@ class Exchange:
                 deadline = time.monotonic() + self._settings.upstream_timeout
                 with self._client.until(deadline, self._upstream, self._silent):
                     ready([(self._upstream, READ | WRITE)], seconds=None)
-                if self._has_spoken():
+                if self._hear() is not None:
                     self._given_up = True
                     return
         except UpstreamError:
             self._given_up = True  # as in _open()
 
-    def _has_spoken(self) -> bool:
-        """Whether the upstream has sent something, or ended."""
+    def _hear(self) -> bytes | None:
+        """What the upstream has sent meanwhile: bytes, b"" at the end, None if nothing."""
         data = self._upstream.receive_now()
         self._upstream.ahead += data or b""
-        return data is not None
+        return data
 
     def _receive(self, may_end: bool = False) -> bytes:
         """The upstream's next bytes; b"" at the end of its connection, where the answer may end so."""

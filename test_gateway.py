@@ -2246,6 +2246,23 @@ def test_an_answer_that_begins_before_its_request_ends_arrives_whole(anywhere: R
     assert anywhere.log(1)[0]["status"] == 200
 
 
+def test_an_interim_answer_does_not_end_an_upload(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    def hint(sock: socket.socket) -> None:
+        reader = Reader(sock)
+        while reader.line() != b"\r\n":
+            pass
+        sock.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+        sock.sendall(ok(reader.read(20)))
+
+    upstream.raw = hint
+    with gate.connect() as sock:
+        sock.sendall(request("/", b"0" * 10, "Content-Length: 20"))
+        reader = Reader(sock)
+        assert reader.message(answer_to="POST").status == 103
+        sock.sendall(b"1" * 10)
+        assert reader.message(answer_to="POST").body == b"0" * 10 + b"1" * 10
+
+
 def test_a_body_that_drips_while_the_answer_runs_does_not_hold_a_connection(
     start: Callable[..., RunningGateway], upstream: FakeUpstream
 ) -> None:
