@@ -470,60 +470,50 @@ class ClientError(Refusal):
 class Fields(dict[bytes, bytes]):
     """The fields of a head: a dict from names in lower case to values, and the lines as they came.
 
-    Messages are forwarded from the lines, since a dict has neither their order nor their repetitions.  The
+    Messages are forwarded from the lines, since a dict keeps neither their order nor their repetitions.  The
     values of a repeated field are joined with ", " (RFC 9110, 5.3).  Fields that may come only once, such as
-    Content-Length and Host, are checked with patterns that ", " does not match.
+    Content-Length and Host, are checked with patterns that do not match ", ".
     """
 
-    lines: Sequence[tuple[bytes, bytes]] = ()  # (name in lower case, the line as it came)
+    lines: Sequence[tuple[bytes, bytes]] = ()  # pairs of the name in lower case and the whole line
 
 
-NO_FIELDS: Final = Fields()
 CHUNKED: Final = -1  # a body's framing is its length in bytes or one of these: chunks tell where it ends,
 UNTIL_CLOSE: Final = -2  # or the end of the connection does
 
 
-class Request(NamedTuple):
-    """The head of a request.  The target always begins with a slash."""
+class Head(NamedTuple):
+    """The head of a request or of an answer; what only the other kind has keeps its default."""
 
-    method: bytes
-    target: bytes
     version: bytes  # b"1.0" or b"1.1"
     fields: Fields
     framing: int
+    method: bytes = b""
+    target: bytes = b""  # begins with a slash
+    status: int = 0
+    reason: bytes = b""
 
 
-class Answer(NamedTuple):
-    """The head of the upstream's answer."""
-
-    status: int
-    reason: bytes
-    version: bytes
-    fields: Fields
-    framing: int
-
-
-# These fields are about one connection, so neither requests nor answers carry them on to the next.
-HOP_BY_HOP: Final = {
-    # What becomes of the connection, and the names of more such fields: RFC 9110, 7.6.1 and 7.8.  Old clients also
-    # send the second and third: RFC 9112, C.2.2.
-    b"connection", b"keep-alive", b"proxy-connection", b"upgrade",
-    # The framing, which each side decides anew: RFC 9110, 6.6.2 and 10.1.4, and RFC 9112, 6.1.
-    b"te", b"trailer", b"transfer-encoding",
-    b"proxy-authenticate",  # would make the client send its password for a proxy: RFC 9110, 11.7.1
-}  # fmt: skip
-# Of a request, these are withheld from the upstream as well.
-_REQUEST_ONLY: Final = {
-    # They may hold a key of the gateway, or a password that is meant for the first proxy: RFC 9110, 11.7.2.
-    b"authorization", b"x-api-key", b"proxy-authorization",
-    b"content_length",  # see _spellings; Content-Length itself has been checked and is forwarded
-    b"expect",  # the gateway says 100 Continue itself, once the key is checked: RFC 9110, 10.1.1
-    b"host", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto",  # replaced, see forwarded_head
-}  # fmt: skip
+# These fields describe one connection only, so they are removed from requests and from answers:
+# - connection, upgrade, and in old clients keep-alive and proxy-connection, say what becomes of the connection
+#   (RFC 9110, 7.6.1 and 7.8; RFC 9112, C.2.2).
+# - te, trailer and transfer-encoding belong to the framing, which the gateway chooses anew for each side (RFC 9110,
+#   6.6.2 and 10.1.4; RFC 9112, 6.1).
+# - proxy-authenticate would make the client send its password for a proxy (RFC 9110, 11.7.1).
+HOP_BY_HOP: Final = {b"connection", b"keep-alive", b"proxy-connection", b"upgrade",
+                     b"te", b"trailer", b"transfer-encoding", b"proxy-authenticate"}  # fmt: skip
+# These are removed from requests as well:
+# - authorization, x-api-key and proxy-authorization may hold a key of the gateway, or a password for the first proxy
+#   (RFC 9110, 11.7.2).
+# - content_length can pass for Content-Length, see _spellings(), but nobody has checked it.
+# - expect is answered by the gateway, once the key is checked (RFC 9110, 10.1.1).
+# - forwarded_head() replaces host and the X-Forwarded fields.
+_REQUEST_ONLY: Final = {b"authorization", b"x-api-key", b"proxy-authorization", b"content_length", b"expect",
+                        b"host", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto"}  # fmt: skip
 
 
 def _spellings(name: bytes) -> set[bytes]:
-    """This name and those that WSGI and CGI servers take for it, because they read "_" as "-" (RFC 3875, 4.1.18)."""
+    """The name with each "-" as it is or as "_", since WSGI and CGI servers cannot tell them apart (RFC 3875, 4.1.18)."""
     first, dash, rest = name.partition(b"-")
     return {first + sign + more for sign in (b"-", b"_") for more in _spellings(rest)} if dash else {name}
 
@@ -557,29 +547,29 @@ def split_head(data: bytes) -> tuple[bytes, bytes] | None:
     return (head, rest) if end else None
 
 
-def parse_request(head: bytes) -> Request:
+def parse_request(head: bytes) -> Head:
     """Parse the head of a request (RFC 9112, 3 to 6).  Raises ClientError 400, 431, 501 or 505."""
     first, _, lines = head.partition(b"\r\n")
     method, target, version = require(_REQUEST_LINE.fullmatch(first), 400, "the request line is malformed").groups()
     require(version in (b"1.0", b"1.1"), 505, "only HTTP/1.0 and HTTP/1.1 are supported")
     require(method != b"CONNECT", 501, "CONNECT is not supported")
-    # Some servers cut a target at "#" and others do not, and raw bytes above 0x7F are decoded in several ways.
-    # Either would let a request pass for another path than the one that the upstream serves.
+    # Some servers cut a target at "#" and others do not, and they decode raw bytes above 0x7F in several ways.
+    # Either difference could make the upstream serve another path than the one that the gateway saw.
     require(target.isascii() and b"#" not in target, 400, "the request target holds a # or a byte that is not ASCII")
     # An absolute target is reduced to its path (RFC 9112, 3.2.2).
     target = require(_TARGET.fullmatch(target), 400, "the request target must be a path")[1] or b"/"
     fields = parse_fields(lines)
     if b"host" in fields or version == b"1.1":
         require(_HOST.fullmatch(fields.get(b"host", b"")), 400, "there must be one valid Host field")
-    return Request(method, target, version, fields, body_framing(fields, version))
+    return Head(version, fields, body_framing(fields, version), method, target)
 
 
-def parse_answer(head: bytes, method: bytes) -> Answer:
+def parse_answer(head: bytes, method: bytes) -> Head:
     """Parse the head of an answer to a request with that method.  Raises ClientError 400, 431 or 501."""
     first, _, lines = head.partition(b"\r\n")
     version, code, reason = require(_STATUS_LINE.fullmatch(first), 400, "the status line is malformed").groups()
     fields, status = parse_fields(lines), int(code)
-    return Answer(status, reason or b"", version, fields, body_framing(fields, version, status, method))
+    return Head(version, fields, body_framing(fields, version, status, method), status=status, reason=reason or b"")
 
 
 def require(found: T | None, status: int, message: str) -> T:
@@ -592,14 +582,13 @@ def require(found: T | None, status: int, message: str) -> T:
 def parse_fields(lines: bytes) -> Fields:
     """Parse field lines that are separated by CRLF (RFC 9112, 5).  Raises ClientError 400 or 431."""
     require(lines.count(b"\n") < MAX_FIELDS, 431, "there are more than 100 fields")
-    # This refuses folded lines, a space before the colon, names that are no tokens, and control characters.
+    # The pattern refuses folded lines, a space before the colon, names that are no tokens, and control characters.
+    # So CRLF is the only line end that is left, and blanks and tabs are the only white space.
     require(_FIELDS.fullmatch(lines), 400, "a field line is malformed")
     fields = Fields()
-    fields.lines = found = []
-    for line in lines.split(b"\r\n") if lines else ():
-        name, _, value = line.partition(b":")
-        name, value = name.lower(), value.strip()  # blanks and tabs are the only white space that is left here
-        found.append((name, line))
+    fields.lines = [(line.partition(b":")[0].lower(), line) for line in lines.splitlines()]
+    for name, line in fields.lines:
+        value = line[len(name) + 1 :].strip()
         fields[name] = fields[name] + b", " + value if name in fields else value
     return fields
 
@@ -648,16 +637,16 @@ def list_members(fields: Fields, name: bytes) -> set[bytes]:
     return {member.strip().lower() for member in fields[name].split(b",")} if name in fields else set()
 
 
-def keeps_alive(message: Request | Answer) -> bool:
+def keeps_alive(head: Head) -> bool:
     """Whether the sender allows another request on its connection (RFC 9112, 9.3); never in HTTP/1.0."""
-    return message.version == b"1.1" and b"close" not in list_members(message.fields, b"connection")
+    return head.version == b"1.1" and b"close" not in list_members(head.fields, b"connection")
 
 
-def forwarded_head(request: Request, upstream: Upstream, peer: str, without: bytes = b"") -> bytes:
+def forwarded_head(request: Head, upstream: Upstream, peer: str, without: bytes = b"") -> bytes:
     """The head for the upstream: without credentials and the field `without`, with the client's address and Host.
 
-    Host becomes the upstream's, since Ollama on loopback refuses other names.  Frameworks build links of the
-    X-Forwarded fields, so what a client says there goes no further, but for the addresses in X-Forwarded-For.
+    Host names the upstream, since Ollama on loopback refuses other names.  Web frameworks build links from the
+    X-Forwarded fields, so a client cannot set them, except that addresses in X-Forwarded-For are kept before its own.
     """
     fields, before = request.fields, request.fields.get(b"x-forwarded-for")
     first = b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target)
@@ -669,10 +658,10 @@ def forwarded_head(request: Request, upstream: Upstream, peer: str, without: byt
     return _head(first + b"\r\nHost: " + upstream.authority.encode(), fields, NOT_FORWARDED, without, added)
 
 
-def answer_head(answer: Answer, upstream: Upstream, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
-    """The head for the client: the upstream's own lines, but for the field `without`, and then ours.
+def answer_head(answer: Head, upstream: Upstream, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
+    """The head for the client: the upstream's own lines except the field `without`, followed by the lines `added`.
 
-    Content-Length is forbidden in 1xx and 204 answers (RFC 9110, 8.6).
+    Content-Length is forbidden in 1xx and 204 answers (RFC 9110, 8.6), so it is removed there.
     """
     dropped = HOP_BY_HOP | {b"content-length"} if answer.status < 200 or answer.status == 204 else HOP_BY_HOP
     head = _head(b"HTTP/1.1 %d %b" % (answer.status, answer.reason), answer.fields, dropped, without, added)
@@ -680,10 +669,10 @@ def answer_head(answer: Answer, upstream: Upstream, added: Iterable[bytes] = (),
 
 
 def _head(first: bytes, fields: Fields, dropped: set[bytes], without: bytes, added: Iterable[bytes]) -> bytes:
-    """A head to send: this first line, the lines that may travel on, and those that the gateway adds.
+    """A head to send: this first line, the field lines that may travel on, and the lines that the gateway adds.
 
-    The fields in `dropped`, the one named `without` and those that Connection names stay behind (RFC 9110, 7.6.1), but
-    for Content-Length, without which the body would be read as a request.
+    Removed are the fields in `dropped`, the one named `without`, and those that Connection names (RFC 9110, 7.6.1).
+    Connection cannot remove Content-Length: the upstream would take the body for another request.
     """
     named = list_members(fields, b"connection") - {b"content-length"} if b"connection" in fields else ()
     kept = [line for name, line in fields.lines if not (name in dropped or name in named or name == without)]
@@ -693,10 +682,10 @@ def _head(first: bytes, fields: Fields, dropped: set[bytes], without: bytes, add
 def _reachable(head: bytes, upstream: Upstream) -> bytes:
     """Turn a Location that names the upstream, which clients cannot reach, into a path on the gateway.
 
-    Web frameworks build redirects from the Host that they see, which is the upstream's, and from http, or from
-    https if they believe X-Forwarded-Proto.  A path must not become another host in the client's eyes: it would
-    read //evil.example as one, browsers take "\\" for "/" and ignore tabs.  So a line with such a path, or
-    outside of the prefix in --upstream, is left alone.  So is Content-Location, since no client follows it.
+    Web frameworks build redirects from the Host that they see, which is the upstream's, with the scheme http, or
+    https if they believe X-Forwarded-Proto.  The path must not lead to another host: a client would read
+    //evil.example as one, and browsers take "\\" for "/" and ignore tabs.  A Location with such a path, or outside
+    of the prefix in --upstream, is left unchanged.  So is Content-Location, since no client follows it.
     """
     host = re.escape(re.sub(":(80|443)$", "", upstream.authority).encode())
     own = rb"(?i:(location:[\t ]*)https?://%b(?::80|:443)?)%b" % (host, re.escape(upstream.prefix.encode()))
@@ -704,27 +693,27 @@ def _reachable(head: bytes, upstream: Upstream) -> bytes:
 
 
 def presented_keys(fields: Fields) -> list[bytes]:
-    """The keys that a request presents in X-Api-Key and in Authorization; an empty one is none.
+    """The keys that a request presents in X-Api-Key and in Authorization, without empty ones.
 
     Both are returned, because SDKs send a dummy Authorization beside the real X-Api-Key.  The values of a
-    repeated field were joined, which makes no valid key.
+    repeated field were joined, and the result is no valid key.
     """
     keys = [fields.get(b"x-api-key", b"")]
     scheme, _, secret = fields.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer":  # RFC 6750, 2.1
         keys.append(secret.strip())
-    elif scheme.lower() == b"basic":  # whose password is the key: RFC 7617, 2
+    elif scheme.lower() == b"basic":  # the password is the key: RFC 7617, 2
         with contextlib.suppress(ValueError):
             keys.append(base64.b64decode(secret.strip(), validate=True).partition(b":")[2])
     return [key for key in keys if key]
 
 
-def is_preflight(request: Request) -> bool:
+def is_preflight(request: Head) -> bool:
     """Whether a browser asks if a page may send a request (CORS); browsers never send a key with this question."""
     return request.method == b"OPTIONS" and b"access-control-request-method" in request.fields
 
 
-def preflight_lines(request: Request) -> list[bytes]:
+def preflight_lines(request: Head) -> list[bytes]:
     """The fields that allow a web page to send the request that it asked for."""
     lines = b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE", b"Access-Control-Max-Age: 86400"
     return [*lines, b"Access-Control-Allow-Headers: " + request.fields.get(b"access-control-request-headers", b"")]
@@ -732,67 +721,66 @@ def preflight_lines(request: Request) -> list[bytes]:
 
 def error_body(path: str, status: int, message: str) -> bytes:
     """An error in the JSON of the API that the path belongs to: Anthropic's, OpenAI's, or else Ollama's."""
-    kind = "permission_error" if status == 403 else "api_error" if status >= 500 else "invalid_request_error"
-    body: dict[str, Any] = {"error": message}
-    if path.startswith("/v1/messages"):
-        body = {"type": "error", "error": {"type": "request_too_large" if status == 413 else kind, "message": message}}
-    elif path.startswith("/v1/"):  # OpenAI's clients parse `code` as a string or null
-        body = {"error": {"message": message, "type": kind, "code": "permission_denied" if status == 403 else None}}
-    return json.dumps(body).encode()
+    kind = {403: "permission_error"}.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    anthropic = {"type": "request_too_large" if status == 413 else kind, "message": message}
+    # OpenAI's clients parse `code` as a string or null.
+    openai = {"message": message, "type": kind, "code": "permission_denied" if status == 403 else None}
+    apis = {"/v1/messages": {"type": "error", "error": anthropic}, "/v1/": {"error": openai}, "": {"error": message}}
+    return json.dumps(next(body for prefix, body in apis.items() if path.startswith(prefix))).encode()
 
 
 class BodyReader:
     """Finds the end of a body in the bytes of a connection, without touching the connection.
 
-    `chunked` and `note` are for pass_on(): the framing in which the other side gets it, and who is told its content.
-    Once the body is `done`, `rest` is what follows it, and `trailers` are the fields behind its last chunk.
+    `chunked` and `note` are for pass_on(): whether the other side gets the body in chunks, and a function that is
+    called with the content.  Once the body is `done`, `rest` holds the bytes that follow it, and `trailers` the fields
+    after its last chunk.
     """
 
     def __init__(self, framing: int, chunked: bool = False, note: Callable[[bytes], object] = len) -> None:
         self.framing, self.chunked, self.note = framing, chunked, note
-        self.done, self.rest, self.trailers = framing == 0, b"", NO_FIELDS
-        # Bytes until the end of the body, or of a chunk's content; without an end in sight, more than will ever come.
+        self.done, self.rest, self.trailers = framing == 0, b"", Fields()
+        # How many bytes are missing from the body, or from the chunk that is being read.  A body that ends with its
+        # connection has no known length, so this is more than will ever come.
         self._missing = sys.maxsize if framing == UNTIL_CLOSE else max(framing, 0)
-        # Received, and neither content nor understood yet; the first chunk begins as if there had been one before.
+        # Bytes of a chunked body that came before they could be parsed.  Every chunk's size is read together with the
+        # CRLF that ends the chunk before it, so the first chunk needs one, too.
         self._held = BETWEEN_CHUNKS if framing == CHUNKED else b""
 
     def pass_on(self, data: bytes) -> bytes:
-        """The connection's next bytes, as the other side gets them.  Raises ClientError 400 or 431."""
+        """Turn the connection's next bytes into what the other side gets.  Raises ClientError 400 or 431."""
         if self.chunked and self._held == BETWEEN_CHUNKS and data.endswith(b"\r\n"):
             size, _, content = data[:-2].partition(b"\r\n")
             if content and size == b"%x" % len(content):
-                self.note(content)  # one whole chunk, as most tokens come, travels as it is
+                self.note(content)  # exactly one chunk, as most tokens come, is passed on unchanged
                 return data
         content = self.feed(data)
         self.note(content)
-        if not self.chunked:
-            return content
-        return chunk(content) + (last_chunk(self.trailers) if self.done else b"")
+        end = last_chunk(self.trailers) if self.done and self.chunked else b""
+        return chunk(content) + end if self.chunked else content
 
     def feed(self, data: bytes) -> bytes:
-        """The content in the connection's next bytes.  Raises ClientError 400 or 431."""
+        """Return the content in the connection's next bytes.  Raises ClientError 400 or 431."""
         if self.framing != CHUNKED:
             content, self.rest = data[: self._missing], data[self._missing :]
             self._missing -= len(content)
             self.done = self.done or not self._missing
             return content
-        # By position, since one-byte chunks must not cost a copy of the rest each.  Each round takes what there is of
-        # a chunk's content, none at first, and then the line with the next chunk's size.
+        # The position `at` moves on instead of the data being cut, which would copy the rest for every one-byte chunk.
+        # Each round takes what there is of a chunk's content, none at first, and then the line with the next size.
         pieces, data, at = [], self._held + data, 0
         while not self.done:
             pieces.append(data[at : at + self._missing])
             at, self._missing = at + len(pieces[-1]), self._missing - len(pieces[-1])
             line = require(_CHUNK_LINE.match(data, at), 400, "a chunk's size is malformed, or wrong")
-            if not line[1]:  # it has not arrived yet
-                break
-            if size := int(line[1], 16):
+            if size := int(line[1] or b"0", 16):
                 self._missing, at = size, line.end()
-            elif end := split_head(data[line.start(1) :]):
+            elif line[1] and (end := split_head(data[line.start(1) :])):
                 # The last chunk and its trailers have the form of a head (RFC 9112, 7.1).
                 self.trailers = parse_fields(end[0].partition(b"\r\n")[2])
                 self.done, self.rest = True, end[1]
             else:
-                break
+                break  # the rest of the line, or of the trailers, has not arrived yet
         self._held = data[at:]
         return b"".join(pieces)
 
@@ -1441,7 +1429,7 @@ class Pool:
 class Exchange:
     """A request on its way to the upstream, and the answer on its way back."""
 
-    def __init__(self, pool: Pool, relay: Relay | None, client: Client, request: Request, settings: Settings) -> None:
+    def __init__(self, pool: Pool, relay: Relay | None, client: Client, request: Head, settings: Settings) -> None:
         self._pool, self._relay, self._client, self._request, self._settings = pool, relay, client, request, settings
         self.sent, self.received = Excerpt(), Excerpt()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
@@ -1481,7 +1469,7 @@ class Exchange:
             if progress >= MIN_PROGRESS:
                 progress, deadline = 0, time.monotonic() + seconds
 
-    def read_head(self) -> Answer:
+    def read_head(self) -> Head:
         """Wait for the next head; it may be an interim one (1xx).  Raises UpstreamError, ClientLeft."""
         try:
             while not (found := _upstreams(split_head, self._upstream.ahead)):
@@ -1501,7 +1489,7 @@ class Exchange:
             raise UpstreamError(502, "the upstream changed the protocol without being asked")
         return answer
 
-    def bring(self, answer: Answer, head: bytes, chunked: bool) -> None:
+    def bring(self, answer: Head, head: bytes, chunked: bool) -> None:
         """Bring the answer to the client: this head, then the content, piece by piece.  Raises as read_head() does."""
         self._answer = BodyReader(answer.framing, chunked, self.received.add)
         data, self._upstream.ahead = self._upstream.ahead, b""
@@ -1712,7 +1700,7 @@ class Handler(socketserver.BaseRequestHandler):
             append_line(self.gateway.log, audit_line(self.began, self.record, time.monotonic() - began))
         return False
 
-    def _read_request(self) -> Request:
+    def _read_request(self) -> Head:
         """Read a request's head.  Raises ClientError, ClientLeft."""
         wire, deadline = self.wire, time.monotonic() + self.settings.header_timeout
         try:
@@ -1726,7 +1714,7 @@ class Handler(socketserver.BaseRequestHandler):
         head, wire.ahead = found
         return parse_request(head)
 
-    def _admit(self, request: Request) -> bool:
+    def _admit(self, request: Head) -> bool:
         """Check the key, and that the log can be written; False if a preflight has been answered, which has no key.
 
         Raises ClientError 403 or 503.
@@ -1745,7 +1733,7 @@ class Handler(socketserver.BaseRequestHandler):
             raise ClientError(503, "the audit log cannot be written; until it can, nothing is forwarded")
         return True
 
-    def _forward(self, request: Request) -> bool:
+    def _forward(self, request: Head) -> bool:
         """Send the request on and bring the answer; True if the connection can carry another request."""
         without = b"origin" if self.cors else b""  # Ollama refuses origins that it does not know
         exchange = Exchange(self.gateway.pool, self.relay, self.wire, request, self.settings)
@@ -1767,7 +1755,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.record["model"] = model_name(request.target, request.fields.get(b"content-type", b""), exchange.sent)
             self.record["prompt_tokens"], self.record["response_tokens"] = token_counts(exchange.received)
 
-    def _bring(self, request: Request, exchange: Exchange, answer: Answer) -> bool:
+    def _bring(self, request: Head, exchange: Exchange, answer: Head) -> bool:
         """Bring the answer to the client; True if the connection can carry another request."""
         self.record["status"] = answer.status
         chunked = answer.framing < 0 and request.version == b"1.1"
@@ -1919,7 +1907,7 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
             for piece in pieces or [demo_line({"error": "this is not in the demo"})]:
                 self.wfile.write(chunk(piece))
                 time.sleep(DEMO_PACE)
-            self.wfile.write(last_chunk(NO_FIELDS))
+            self.wfile.write(last_chunk(Fields()))
 
     do_GET = do_POST
 
