@@ -282,21 +282,23 @@ def find_key(keys: Keys, presented: Iterable[bytes], today: date) -> Key | None:
 
 
 def load_keys(path: str) -> Keys:
-    """Read the key file; a missing file has no keys.  An OperatorError names the line, but never its text."""
-    with explained(f"cannot read {path}", "it must be a text file in UTF-8 that the gateway may read"):
-        try:
-            content = Path(path).read_bytes()
-        except FileNotFoundError:
-            return {}
-        utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # from `echo demo-key > keys.txt` in PowerShell
-        lines = content.decode("utf-16" if utf16 else "utf-8-sig").split("\n")
+    """Read the key file; a missing file has no keys.  An OperatorError names the line, but never quotes it."""
     keys: Keys = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if words := re.sub(r"(^|\s)#.*", "", line).split():
             digest, key = _parse_key(words, f"{path}:{number}")
             if keys.setdefault(digest, key) is not key:
                 raise OperatorError(f"{path}:{number}: this key is in the file already; delete one of the lines")
     return keys
+
+
+def _read_text(path: str) -> str:
+    """Read a text file in UTF-8, or in UTF-16 as PowerShell's `echo demo-key > keys.txt` writes it; "" if it is missing."""
+    with explained(f"cannot read {path}", "it must be a text file in UTF-8 that the gateway may read"):
+        with contextlib.suppress(FileNotFoundError):
+            content = Path(path).read_bytes()
+            return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    return ""
 
 
 def _parse_key(words: list[str], where: str) -> tuple[bytes, Key]:
@@ -339,18 +341,17 @@ def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
-    # 0x80 is OP_IGNORE_UNEXPECTED_EOF, which has no name before Python 3.10: OpenSSL 3 takes an end without
-    # close_notify for a fatal error, after which it would not even send the 408.  The framing tells whether a
-    # request was whole.
+    # 0x80 is OP_IGNORE_UNEXPECTED_EOF, which has no name before Python 3.10.  Without it, OpenSSL 3 treats an end
+    # without close_notify as fatal, and a client that only closed its sending side would not even get the 408.  The
+    # framing tells whether a request was complete.
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | 0x80
-    # By default OpenSSL 3.0 also agrees on finite-field groups, and a few ffdhe8192 handshakes a second, which anybody may
-    # ask for, keep a core busy (CVE-2002-20001).  P-256 is what every client has to have (RFC 8446, 9.1).
+    # By default OpenSSL 3.0 also agrees on finite-field groups.  A few ffdhe8192 handshakes a second, which anybody may
+    # ask for, keep a core busy (CVE-2002-20001).  Every client must support P-256 (RFC 8446, 9.1).
+    context.set_ecdh_curve("prime256v1")
     if sys.version_info >= (3, 15):
-        context.set_groups("X25519:P-256:P-384")
-    else:
-        context.set_ecdh_curve("prime256v1")
+        context.set_groups("X25519:P-256:P-384")  # replaces the above
     context.set_alpn_protocols(["http/1.1"])
-    context.num_tickets = 1  # suffices to resume a session, and a second one costs 15 % of a handshake
+    context.num_tickets = 1  # one is enough to resume a session, and a second one costs 15 % of a handshake
     remedy = "put an unencrypted PEM pair there that belongs together, or move both away to have a new one made"
     with explained(f"{cert} and {cert_key} are no usable pair of files", remedy):
         context.load_cert_chain(cert, cert_key, password=lambda: b"")  # or OpenSSL would ask on the terminal
@@ -375,10 +376,10 @@ def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
 def describe_certificate(cert: str, names: Iterable[str]) -> tuple[str, datetime, list[str]]:
     """Return the SHA-256 fingerprint, the end of validity, and those of the names that it does not cover."""
     with explained(f"cannot read the certificate in {cert}", "see that it is there, in PEM"):
-        pem = re.findall(f"(?s){ssl.PEM_HEADER}.+?{ssl.PEM_FOOTER}", Path(cert).read_text("latin-1"))[0]
-        der = ssl.PEM_cert_to_DER_cert(pem)
-        # The standard library has no public function that parses a certificate from a file, so we look for the
-        # two things that we need.  The validity is the only pair of times in it (RFC 5280, 4.1.2.5).
+        text = Path(cert).read_text("latin-1")
+        der = ssl.PEM_cert_to_DER_cert(re.findall(f"(?s){ssl.PEM_HEADER}.+?{ssl.PEM_FOOTER}", text)[0])
+        # The standard library has no public function that parses a certificate from a file, so this looks for the
+        # two things that are needed.  The validity is the only pair of times in it (RFC 5280, 4.1.2.5).
         expiry = re.findall(rb"(?:\x17\r|\x18\x0f)(\d{12}|\d{14})Z", der)[1].decode()
         until = datetime.strptime(("20" + expiry)[-14:] + "+0000", "%Y%m%d%H%M%S%z")
     return hashlib.sha256(der).digest().hex(":").upper(), until, [name for name in names if not _covers(der, name)]
@@ -386,8 +387,8 @@ def describe_certificate(cert: str, names: Iterable[str]) -> tuple[str, datetime
 
 def _covers(der: bytes, name: str) -> bool:
     """Whether a certificate names this host in its subjectAltName extension (RFC 5280, 4.2.1.6)."""
-    # Behind the extension's OID, 2.5.29.17, each name is a tag, its length, and its text or address.  With tag and
-    # length, a part of a name never matches, for the bytes above 127 that are tags occur in no name.
+    # After the extension's OID, 2.5.29.17, each name is a tag, its length, and its text or address.  Searching for tag
+    # and length as well finds whole names only, since these tags are bytes above 127, which occur in no name.
     names = der.partition(b"\x06\x03\x55\x1d\x11")[2]
     if address := _address(name):
         return b"\x87%c%b" % (len(address.packed), address.packed) in names
@@ -405,21 +406,17 @@ def make_certificate(names: Sequence[str]) -> tuple[bytes, bytes]:
     except ImportError:
         return _certificate_by_openssl(names)
     key = ec.generate_private_key(ec.SECP256R1())
-    public = key.public_key()
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, ISSUER)])
+    public, subject = key.public_key(), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, ISSUER)])
     start = datetime.now(timezone.utc) - timedelta(minutes=5)  # for clients whose clocks are slow
     alternatives = [x509.IPAddress(found) if (found := _address(name)) else x509.DNSName(name) for name in names]
-    certificate = (
-        x509.CertificateBuilder(issuer_name=subject, subject_name=subject, public_key=public)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(start).not_valid_after(start + timedelta(DAYS))
+    certificate = (x509.CertificateBuilder(issuer_name=subject, subject_name=subject, public_key=public)
+        .serial_number(x509.random_serial_number()).not_valid_before(start).not_valid_after(start + timedelta(DAYS))
         .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([x509.OID_SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False)
-        .sign(key, hashes.SHA256())
-    )
+        .sign(key, hashes.SHA256()))  # fmt: skip
     pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
     return certificate.public_bytes(pem), key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
 
@@ -513,7 +510,7 @@ _REQUEST_ONLY: Final = {b"authorization", b"x-api-key", b"proxy-authorization", 
 
 
 def _spellings(name: bytes) -> set[bytes]:
-    """The name with each "-" as it is or as "_", since WSGI and CGI servers cannot tell them apart (RFC 3875, 4.1.18)."""
+    """The name with each "-" as it is or as "_", since WSGI and CGI servers take one for the other (RFC 3875, 4.1.18)."""
     first, dash, rest = name.partition(b"-")
     return {first + sign + more for sign in (b"-", b"_") for more in _spellings(rest)} if dash else {name}
 
@@ -651,11 +648,10 @@ def forwarded_head(request: Head, upstream: Upstream, peer: str, without: bytes 
     fields, before = request.fields, request.fields.get(b"x-forwarded-for")
     first = b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target)
     added = [b"X-Forwarded-For: " + (before + b", " if before else b"") + peer.encode(), b"X-Forwarded-Proto: https"]
-    if b"host" in fields:  # which a request in HTTP/1.0 may lack
-        added.append(b"X-Forwarded-Host: " + fields[b"host"])
-    if request.framing == CHUNKED:
-        added.append(b"Transfer-Encoding: chunked")
-    return _head(first + b"\r\nHost: " + upstream.authority.encode(), fields, NOT_FORWARDED, without, added)
+    host = [b"X-Forwarded-Host: " + fields[b"host"]] if b"host" in fields else []  # HTTP/1.0 does not require Host
+    coding = [b"Transfer-Encoding: chunked"] if request.framing == CHUNKED else []
+    first += b"\r\nHost: " + upstream.authority.encode()
+    return _head(first, fields, NOT_FORWARDED, without, [*added, *host, *coding])
 
 
 def answer_head(answer: Head, upstream: Upstream, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
@@ -708,13 +704,8 @@ def presented_keys(fields: Fields) -> list[bytes]:
     return [key for key in keys if key]
 
 
-def is_preflight(request: Head) -> bool:
-    """Whether a browser asks if a page may send a request (CORS); browsers never send a key with this question."""
-    return request.method == b"OPTIONS" and b"access-control-request-method" in request.fields
-
-
 def preflight_lines(request: Head) -> list[bytes]:
-    """The fields that allow a web page to send the request that it asked for."""
+    """The answer to a preflight (CORS), by which a browser asks, without a key, if a page may send a request."""
     lines = b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE", b"Access-Control-Max-Age: 86400"
     return [*lines, b"Access-Control-Allow-Headers: " + request.fields.get(b"access-control-request-headers", b"")]
 
@@ -982,16 +973,15 @@ def _counts(value: Any) -> Counts:
 class LogFile:
     """The audit log as it is open now, and the lines that wait to be written.
 
-    Threads share all of it, so it is changed under the lock only.
+    All threads share it, so its attributes are changed only while holding the lock.
     """
 
     def __init__(self, path: str) -> None:
         self.path, self.lock = path, threading.RLock()
         self.file: io.FileIO | None = None
         self.may_block = False  # whether it is a pipe, a terminal or the like, whose reader may stop reading
-        self.kept: deque[bytes] = deque()
-        self.written = 0  # how many bytes of the first kept line are in the file
-        self.whole = True  # what the operator was told last, see log_news
+        self.kept, self.written = deque[bytes](), 0  # the lines that wait, and how many bytes of the first were written
+        self.whole = True  # what log_news() told the operator last
 
 
 def new_record(client: str) -> dict[str, Any]:
@@ -1008,11 +998,11 @@ def audit_line(began: datetime, record: dict[str, Any], seconds: float) -> bytes
 
 
 def append_line(log: LogFile, *lines: bytes) -> bool:
-    """Write the line, if any, after those that wait; False if some still wait."""
+    """Append the lines after those that wait; return False if some still wait."""
     with log.lock, contextlib.suppress(OSError):
         log.kept.extend(lines)
         file = log.file or _open_file(log)
-        # A write that blocks would hold the lock, and so every connection, until somebody reads the pipe.
+        # A write that blocks would hold the lock, and so stop every connection, until somebody reads the pipe.
         while log.kept and (not log.may_block or takes_a_line(file.fileno(), patience=0)):
             log.written += file.write(log.kept[0][log.written :]) or 0
             if log.written == len(log.kept[0]):
@@ -1023,12 +1013,12 @@ def append_line(log: LogFile, *lines: bytes) -> bool:
 
 
 def is_writable(log: LogFile, tolerated: int = 0) -> bool:
-    """Whether lines can be written, or fewer than `tolerated` wait.  Tries to write them where that is the question."""
+    """Whether fewer than `tolerated` lines wait, or all that wait can be written now, which this then does."""
     return len(log.kept) < tolerated or append_line(log)
 
 
 def unwritten_lines(log: LogFile) -> bytes:
-    """The lines that cannot be written even now, for whoever ends the gateway."""
+    """Try a last time to write the lines that wait, and return them if that fails, to be shown at the end."""
     with log.lock:
         return b"" if append_line(log) else b"".join(log.kept)
 
@@ -1062,18 +1052,17 @@ def log_news(log: LogFile) -> str | None:
 
 
 def _open_file(log: LogFile) -> io.FileIO:
-    """Open what has the log's name now; a line that was begun in another file is written anew."""
-
-    def opener(path: str, flags: int) -> int:  # private, and without waiting for somebody to read a FIFO
-        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), mode=0o600)
-
-    file = io.FileIO(1 if log.path == "-" else log.path, "a", closefd=log.path != "-", opener=opener)
+    """Open the file that has the log's name now; a line that was begun in another file is written anew."""
+    # Only its owner may read a new file.  Opening a FIFO that nobody reads must fail, rather than wait for a reader.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    standard = log.path == "-"
+    file = io.FileIO(1 if standard else os.open(log.path, flags, 0o600), "a", closefd=not standard)
     log.file, log.written = file, 0
     log.may_block = not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
     if not log.may_block:
-        with contextlib.suppress(OSError), open(log.path, "rb") as old:  # an empty one has no last byte: OSError
+        with contextlib.suppress(OSError), open(log.path, "rb") as old:  # an empty file has no last byte: OSError
             old.seek(-1, os.SEEK_END)
-            if old.read(1) != b"\n":  # torn by a crash or a full disk: the next line must not be glued to it
+            if old.read(1) != b"\n":  # a crash cut the last line off, and the next one must not be joined to it
                 log.kept.appendleft(b"\n")
     return file
 
@@ -1722,7 +1711,7 @@ class Handler(socketserver.BaseRequestHandler):
         origin = request.fields.get(b"origin", b"")
         if origin_allowed(origin.decode("latin-1"), self.settings.cors_origin):
             self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
-            if is_preflight(request):
+            if request.method == b"OPTIONS" and b"access-control-request-method" in request.fields:
                 self._answer(204, preflight_lines(request))
                 return False
         key = find_key(self.gateway.keys.value, presented_keys(request.fields), self.began.date())
