@@ -257,9 +257,9 @@ def create_file(path: str, content: bytes, mode: int) -> bool:
 
 
 # --- API keys ---
-# The key file holds one key per line: the key itself, or sha256: and its digest, and then its options.  Blank
-# lines and comments, which begin with #, are skipped.  Only digests are kept in memory: looking one up takes the
-# same time however much of a key was guessed right.
+# The key file holds one key per line: the key itself, or sha256: and its digest, and then its options.  Blank lines and
+# comments, which begin with #, are skipped.  Only digests are kept in memory, so a look-up takes the same time no
+# matter how much of a key was guessed right.
 
 
 class Key(NamedTuple):
@@ -286,24 +286,23 @@ def load_keys(path: str) -> Keys:
     keys: Keys = {}
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if words := re.sub(r"(^|\s)#.*", "", line).split():
-            digest, key = _parse_key(words, f"{path}:{number}")
+            digest, key = _parse_key(f"{path}:{number}", *words)
             if keys.setdefault(digest, key) is not key:
                 raise OperatorError(f"{path}:{number}: this key is in the file already; delete one of the lines")
     return keys
 
 
 def _read_text(path: str) -> str:
-    """Read a text file in UTF-8, or in UTF-16 as PowerShell's `echo demo-key > keys.txt` writes it; "" if it is missing."""
-    with explained(f"cannot read {path}", "it must be a text file in UTF-8 that the gateway may read"):
-        with contextlib.suppress(FileNotFoundError):
-            content = Path(path).read_bytes()
-            return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    """Read a text file in UTF-8, or in UTF-16 as PowerShell's `echo` writes it; a missing file is empty."""
+    remedy = "it must be a text file in UTF-8 that the gateway may read"
+    with explained(f"cannot read {path}", remedy), contextlib.suppress(FileNotFoundError):
+        content = Path(path).read_bytes()
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     return ""
 
 
-def _parse_key(words: list[str], where: str) -> tuple[bytes, Key]:
+def _parse_key(where: str, secret: str, *words: str) -> tuple[bytes, Key]:
     """Parse a line's words: the key, then name=NAME and expires=YYYY-MM-DD in any order."""
-    secret, *words = words
     known = r"name=.+|expires=[0-9]{4}-[0-9]{2}-[0-9]{2}"  # newer Pythons read dates in other forms, too
     options = dict(word.split("=", 1) for word in words if re.fullmatch(known, word))
     if len(options) < len(words):
@@ -323,17 +322,17 @@ def key_line(*name: str) -> str:
     if not re.fullmatch(r"([^\s-]\S*)?", " ".join(name)):
         raise OperatorError("keygen takes one name without blanks, or none, as in: gateway.py keygen alice")
     key = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(43))  # 256 bits
-    return "  name=".join([f"ztg_{key}", *name])  # by ztg_ secret scanners can find a leaked one
+    return "  name=".join([f"ztg_{key}", *name])  # the prefix lets secret scanners find a leaked key
 
 
 # --- Certificates ---
-# A self-signed certificate on P-256, in the form that curl, Python 3.13, Go, Node.js, Bun and rustls all accept
-# as a trust anchor.  It has a subject, since curl rejects an empty issuer; its addresses as IP names, not as DNS
-# names; CA:FALSE, since rustls rejects a CA as a server; serverAuth; SKI and AKI, which Python 3.13 asks for.  It
-# has no keyUsage, since Bun rejects a trust anchor whose keyUsage is digitalSignature alone.
+# The gateway makes a self-signed certificate on P-256 that curl, Python 3.13, Go, Node.js, Bun and rustls all accept as
+# a trust anchor.  It has a subject, since curl rejects an empty issuer.  Addresses are IP names in it, not DNS names.
+# It has CA:FALSE, since rustls rejects a CA as a server, and serverAuth.  It has a subject and an authority key
+# identifier, which Python 3.13 requires, but no keyUsage: Bun rejects a trust anchor that has only digitalSignature.
 
 ISSUER: Final = "Zero-Trust LLM Gateway"
-DAYS: Final = 397  # Apple takes public certificates of 398 days at most (support.apple.com/HT211025); one to spare
+DAYS: Final = 397  # one day less than what Apple allows public certificates (support.apple.com/HT211025)
 
 
 def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
@@ -365,7 +364,7 @@ def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
         certificate, key = make_certificate([*dict.fromkeys(("localhost", "127.0.0.1", "::1", *here, *names))])
         if create_file(cert_key, key, 0o600):
             create_file(cert, certificate, 0o644)
-    patience = time.monotonic() + 2  # for another instance, which makes its second file now
+    patience = time.monotonic() + 2  # another instance may be about to make its second file
     while os.path.lexists(cert_key) and not os.path.lexists(cert) and time.monotonic() < patience:
         time.sleep(0.02)
     for there, missing in ((cert, cert_key), (cert_key, cert)):
@@ -376,8 +375,8 @@ def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
 def describe_certificate(cert: str, names: Iterable[str]) -> tuple[str, datetime, list[str]]:
     """Return the SHA-256 fingerprint, the end of validity, and those of the names that it does not cover."""
     with explained(f"cannot read the certificate in {cert}", "see that it is there, in PEM"):
-        text = Path(cert).read_text("latin-1")
-        der = ssl.PEM_cert_to_DER_cert(re.findall(f"(?s){ssl.PEM_HEADER}.+?{ssl.PEM_FOOTER}", text)[0])
+        [pem, *_] = re.findall(f"{ssl.PEM_HEADER}[^-]+{ssl.PEM_FOOTER}", Path(cert).read_text("latin-1"))
+        der = ssl.PEM_cert_to_DER_cert(pem)
         # The standard library has no public function that parses a certificate from a file, so this looks for the
         # two things that are needed.  The validity is the only pair of times in it (RFC 5280, 4.1.2.5).
         expiry = re.findall(rb"(?:\x17\r|\x18\x0f)(\d{12}|\d{14})Z", der)[1].decode()
@@ -422,10 +421,10 @@ def make_certificate(names: Sequence[str]) -> tuple[bytes, bytes]:
 
 
 def _certificate_by_openssl(names: Sequence[str]) -> tuple[bytes, bytes]:
-    import subprocess  # noqa: PLC0415 - needed once, too, and it would bring idle memory over 30 MB
+    import subprocess  # noqa: PLC0415 - needed once, and it would raise idle memory above 30 MB
 
     alternatives = ",".join(f"{'IP' if _address(name) else 'DNS'}:{name}" for name in names)
-    # The configuration is our own, since that of some systems would add CA:TRUE.
+    # This replaces the system's configuration, which may add CA:TRUE.
     configuration = f"""[req]\nprompt = no\ndefault_keyfile = key\nencrypt_key = no\ndistinguished_name = dn
 x509_extensions = v3\n[dn]\nCN = {ISSUER}\n[v3]\nbasicConstraints = critical,CA:FALSE\nextendedKeyUsage = serverAuth
 subjectAltName = {alternatives}\nsubjectKeyIdentifier = hash\nauthorityKeyIdentifier = keyid:always\n"""
@@ -448,8 +447,8 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # How HTTP/1.1 messages are read and rewritten (RFC 9110 and RFC 9112), for requests and answers alike.
 # These functions take bytes and return decisions; none of them touches a socket.
 #
-# Where the RFCs allow a recipient to repair or to refuse a message, it is refused.  If two programs in a
-# row read the same bytes differently, a request can be hidden from the first one inside of another.
+# Where the RFCs allow a recipient to repair or to refuse a message, it is refused.  If two programs in a row read the
+# same bytes differently, a request can be smuggled past the first one inside another request.
 
 
 class Refusal(Exception):
@@ -475,8 +474,9 @@ class Fields(dict[bytes, bytes]):
     lines: Sequence[tuple[bytes, bytes]] = ()  # pairs of the name in lower case and the whole line
 
 
-CHUNKED: Final = -1  # a body's framing is its length in bytes or one of these: chunks tell where it ends,
-UNTIL_CLOSE: Final = -2  # or the end of the connection does
+# A body's framing is its length in bytes, or one of these.
+CHUNKED: Final = -1  # the body comes in chunks, and the last one ends it
+UNTIL_CLOSE: Final = -2  # the body ends when the connection does
 
 
 class Head(NamedTuple):
@@ -510,12 +510,12 @@ _REQUEST_ONLY: Final = {b"authorization", b"x-api-key", b"proxy-authorization", 
 
 
 def _spellings(name: bytes) -> set[bytes]:
-    """The name with each "-" as it is or as "_", since WSGI and CGI servers take one for the other (RFC 3875, 4.1.18)."""
+    """The name with each "-" as it is or as "_", since CGI and WSGI servers read both alike (RFC 3875, 4.1.18)."""
     first, dash, rest = name.partition(b"-")
     return {first + sign + more for sign in (b"-", b"_") for more in _spellings(rest)} if dash else {name}
 
 
-# All spellings are listed in advance, so that a request needs only one look-up for each field.
+# All spellings are computed in advance, so that each field of a request needs only one look-up.
 NOT_FORWARDED: Final = {spelling for name in HOP_BY_HOP | _REQUEST_ONLY for spelling in _spellings(name)}
 IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # may be sent twice: RFC 9110, 9.2.2
 
@@ -526,15 +526,15 @@ _TEXT = rb"[\t\x20-\x7e\x80-\xff]"
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: (%b*))?" % _TEXT)
 _FIELDS = re.compile(rb"(?:(?:\A|\r\n)%b:%b*)*" % (_TOKEN, _TEXT))
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
-# The line with a chunk's size, or what may become one.
+# The end of one chunk and the line with the size of the next, or an incomplete line that may become one.
 _CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b{0,1000})?\r\n|(?:\r?|\r\n[^\n]{0,1023})\Z" % _TEXT)
-BETWEEN_CHUNKS: Final = b"\r\n"  # closes a chunk's content, and is read with the size of the next chunk
+BETWEEN_CHUNKS: Final = b"\r\n"  # ends a chunk's content, and is parsed together with the size of the next chunk
 
 
 def split_head(data: bytes) -> tuple[bytes, bytes] | None:
-    """Split a head from what follows its empty line; None while that line has not arrived.
+    """Split a head from what follows its empty line; return None while that line has not arrived.
 
-    Raises ClientError 400, 414 or 431 as soon as no valid head can come of the data.
+    Raises ClientError 400, 414 or 431 as soon as the data cannot become a valid head.
     """
     head, end, rest = data.partition(b"\r\n\r\n")
     if not end or len(head) > MAX_TARGET:
@@ -591,10 +591,10 @@ def parse_fields(lines: bytes) -> Fields:
 
 
 def body_framing(fields: Fields, version: bytes, status: int = 0, answers: bytes = b"") -> int:
-    """How the end of a body is found: its length, CHUNKED, or UNTIL_CLOSE.  Raises ClientError 400 or 501.
+    """Tell how the end of a body is found: its length, CHUNKED, or UNTIL_CLOSE.  Raises ClientError 400 or 501.
 
-    For an answer, `status` is its status and `answers` the method of its request.  The steps are numbered as
-    in RFC 9112, 6.3.
+    For an answer, `status` is its status and `answers` is the method of its request.  The steps are numbered as in
+    RFC 9112, 6.3.
     """
     length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
     # 1. These answers have no body, whatever their fields say.
@@ -625,7 +625,7 @@ def requested(data: bytes) -> tuple[str | None, str | None]:
 
 
 def logged(text: bytes) -> str:
-    """A client's words as the log shows them: decoded whatever they hold, and shortened."""
+    """Decode and shorten what a client sent, for the log; bytes that are not UTF-8 are shown as \\xNN."""
     return text.decode("utf-8", "backslashreplace")[:MAX_LOGGED]
 
 
@@ -694,11 +694,9 @@ def presented_keys(fields: Fields) -> list[bytes]:
     Both are returned, because SDKs send a dummy Authorization beside the real X-Api-Key.  The values of a
     repeated field were joined, and the result is no valid key.
     """
-    keys = [fields.get(b"x-api-key", b"")]
     scheme, _, secret = fields.get(b"authorization", b"").partition(b" ")
-    if scheme.lower() == b"bearer":  # RFC 6750, 2.1
-        keys.append(secret.strip())
-    elif scheme.lower() == b"basic":  # the password is the key: RFC 7617, 2
+    keys = [fields.get(b"x-api-key", b""), secret.strip() if scheme.lower() == b"bearer" else b""]  # RFC 6750, 2.1
+    if scheme.lower() == b"basic":  # the password is the key: RFC 7617, 2
         with contextlib.suppress(ValueError):
             keys.append(base64.b64decode(secret.strip(), validate=True).partition(b":")[2])
     return [key for key in keys if key]
@@ -777,12 +775,12 @@ class BodyReader:
 
 
 def chunk(content: bytes) -> bytes:
-    """A chunk, or nothing for nothing: an empty one would be the last."""
+    """Make a chunk of the content, or nothing if it is empty, since an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(content), content) if content else b""
 
 
 def last_chunk(trailers: Fields) -> bytes:
-    """The end of a chunked body, with the trailers that may travel on."""
+    """The end of a chunked body: the last chunk, and those of the trailers that may be passed on."""
     return _head(b"0", trailers, NOT_FORWARDED, without=b"content-length", added=())
 
 
@@ -965,9 +963,8 @@ def _counts(value: Any) -> Counts:
 
 
 # --- Audit log ---
-# Every request produces one line, appended in one write, so that lines of several threads never mix.
-# No audit, no service: a line that cannot be written is kept in memory, and until it stands in the log
-# requests are answered 503.
+# Every request produces one line, which is appended in one write, so that the lines of several threads never mix.
+# If a line cannot be written, it is kept in memory, and requests are answered 503 until it has been written.
 
 
 class LogFile:
@@ -985,15 +982,15 @@ class LogFile:
 
 
 def new_record(client: str) -> dict[str, Any]:
-    """What the audit log says of a request, besides the time; the members keep this order in the line."""
+    """What the audit log says about a request, except the times, in the order of the line."""
     tokens = {"prompt_tokens": None, "response_tokens": None}
     return {"key": None, "path": None, **tokens, "status": 500, "method": None, "model": None, "client": client}
 
 
 def audit_line(began: datetime, record: dict[str, Any], seconds: float) -> bytes:
-    """The line, in ASCII JSON, of a request that began then (in UTC) and took that many seconds."""
+    """The line, in ASCII JSON, for a request that began then (in UTC) and took that many seconds."""
     start = began.isoformat("T", "milliseconds")[:23]
-    # The times are put around the record's JSON, since a dict that has them all takes a fifth longer.
+    # The times are put around the JSON of the record, since making another dict for all of it takes a fifth longer.
     return f'{{"timestamp": "{start}Z", {json.dumps(record)[1:-1]}, "duration_ms": {round(seconds * 1000)}}}\n'.encode()
 
 
@@ -1055,8 +1052,7 @@ def _open_file(log: LogFile) -> io.FileIO:
     """Open the file that has the log's name now; a line that was begun in another file is written anew."""
     # Only its owner may read a new file.  Opening a FIFO that nobody reads must fail, rather than wait for a reader.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    standard = log.path == "-"
-    file = io.FileIO(1 if standard else os.open(log.path, flags, 0o600), "a", closefd=not standard)
+    file = io.FileIO(1 if log.path == "-" else os.open(log.path, flags, 0o600), "a", closefd=log.path != "-")
     log.file, log.written = file, 0
     log.may_block = not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
     if not log.may_block:
