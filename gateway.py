@@ -566,7 +566,7 @@ def parse_answer(head: bytes, method: bytes) -> Head:
     first, _, lines = head.partition(b"\r\n")
     version, code, reason = require(_STATUS_LINE.fullmatch(first), 400, "the status line is malformed").groups()
     fields, status = parse_fields(lines), int(code)
-    return Head(version, fields, body_framing(fields, version, status, method), status=status, reason=reason or b"")
+    return Head(version, fields, body_framing(fields, version, status, method), b"", b"", status, reason or b"")
 
 
 def require(found: T | None, status: int, message: str) -> T:
@@ -583,9 +583,11 @@ def parse_fields(lines: bytes) -> Fields:
     # So CRLF is the only line end that is left, and blanks and tabs are the only white space.
     require(_FIELDS.fullmatch(lines), 400, "a field line is malformed")
     fields = Fields()
-    fields.lines = [(line.partition(b":")[0].lower(), line) for line in lines.splitlines()]
-    for name, line in fields.lines:
-        value = line[len(name) + 1 :].strip()
+    fields.lines = found = []
+    for line in lines.splitlines():
+        name, _, value = line.partition(b":")
+        name, value = name.lower(), value.strip()
+        found.append((name, line))
         fields[name] = fields[name] + b", " + value if name in fields else value
     return fields
 
@@ -648,10 +650,11 @@ def forwarded_head(request: Head, upstream: Upstream, peer: str, without: bytes 
     fields, before = request.fields, request.fields.get(b"x-forwarded-for")
     first = b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target)
     added = [b"X-Forwarded-For: " + (before + b", " if before else b"") + peer.encode(), b"X-Forwarded-Proto: https"]
-    host = [b"X-Forwarded-Host: " + fields[b"host"]] if b"host" in fields else []  # HTTP/1.0 does not require Host
-    coding = [b"Transfer-Encoding: chunked"] if request.framing == CHUNKED else []
-    first += b"\r\nHost: " + upstream.authority.encode()
-    return _head(first, fields, NOT_FORWARDED, without, [*added, *host, *coding])
+    if b"host" in fields:  # HTTP/1.0 does not require it
+        added.append(b"X-Forwarded-Host: " + fields[b"host"])
+    if request.framing == CHUNKED:
+        added.append(b"Transfer-Encoding: chunked")
+    return _head(first + b"\r\nHost: " + upstream.authority.encode(), fields, NOT_FORWARDED, without, added)
 
 
 def answer_head(answer: Head, upstream: Upstream, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
@@ -745,8 +748,9 @@ class BodyReader:
                 return data
         content = self.feed(data)
         self.note(content)
-        end = last_chunk(self.trailers) if self.done and self.chunked else b""
-        return chunk(content) + end if self.chunked else content
+        if not self.chunked:
+            return content
+        return chunk(content) + (last_chunk(self.trailers) if self.done else b"")
 
     def feed(self, data: bytes) -> bytes:
         """Return the content in the connection's next bytes.  Raises ClientError 400 or 431."""
@@ -762,7 +766,7 @@ class BodyReader:
             pieces.append(data[at : at + self._missing])
             at, self._missing = at + len(pieces[-1]), self._missing - len(pieces[-1])
             line = require(_CHUNK_LINE.match(data, at), 400, "a chunk's size is malformed, or wrong")
-            if size := int(line[1] or b"0", 16):
+            if line[1] and (size := int(line[1], 16)):
                 self._missing, at = size, line.end()
             elif line[1] and (end := split_head(data[line.start(1) :])):
                 # The last chunk and its trailers have the form of a head (RFC 9112, 7.1).
