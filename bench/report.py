@@ -89,7 +89,7 @@ def picture(peers: Sequence[Peer], panels: Sequence[tuple[str, str]]) -> str:
 def bar(peer: str, value: float, share: float, top: int) -> str:
     """A bar, its name before and its value behind it."""
     length, weight, colour = round(min(share, 1) * (WIDTH - NAMES - VALUES)), "normal", THEIRS
-    if peer == "gateway":
+    if peer in ("gateway", "gateway-t"):
         weight, colour = "600", OURS
     text = f'<text y="{top + 14}" font-weight="{weight}"'
     return (
