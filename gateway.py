@@ -620,7 +620,7 @@ def body_framing(fields: Fields, version: bytes, status: int = 0, answers: bytes
 
 
 def requested(data: bytes) -> tuple[str | None, str | None]:
-    """The method and the path, without its query, that the log shows for a request that is not valid."""
+    """The method and the path, without its query, as the log shows them; the request need not be valid."""
     line = _REQUEST_LINE.match(data)
     target = _TARGET.fullmatch(line[2]) if line else None
     return line and logged(line[1]), target and logged((target[1] or b"/").partition(b"?")[0])
@@ -1014,8 +1014,8 @@ def append_line(log: LogFile, *lines: bytes) -> bool:
 
 
 def is_writable(log: LogFile, tolerated: int = 0) -> bool:
-    """Whether fewer than `tolerated` lines wait, or all that wait can be written now, which this then does."""
-    return len(log.kept) < tolerated or append_line(log)
+    """Whether no line waits, or fewer than `tolerated`, or all that wait can be written now, which this then does."""
+    return (log.file is not None and not log.kept) or len(log.kept) < tolerated or append_line(log)
 
 
 def unwritten_lines(log: LogFile) -> bytes:
