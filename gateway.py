@@ -1270,6 +1270,7 @@ class Watchman:
         self.stopping = False  # from then on, nobody waits for another request
         self.clients: set[Client] = set()  # all there are; used under the lock
         self.lock = threading.Lock()
+        self._reported = -math.inf  # when it was last worth telling what clients can cause at will
 
     def run(self) -> None:
         """Look at all connections, again and again.  Nothing in here blocks."""
@@ -1281,6 +1282,13 @@ class Watchman:
             for client in clients:
                 with client.lock:
                     client.look(time.monotonic(), left, self.stopping)
+
+    def may_report(self) -> bool:
+        """Whether to report what clients can cause at will: at most once a minute."""
+        with self.lock:
+            due = time.monotonic() > self._reported + 60
+            self._reported = time.monotonic() if due else self._reported
+            return due
 
     def end_all(self) -> None:
         """Break off all connections, so that what is in flight is logged."""
@@ -1598,17 +1606,16 @@ class Gateway(NamedTuple):
     pool: Pool
     watchman: Watchman
     report: Callable[[str], None]
-    report_seldom: Callable[[str], None]  # for what a client can cause at will
 
 
 class Handler(socketserver.BaseRequestHandler):
     """One client's connection: a request after the other, and a line in the log for each."""
 
-    def __init__(self, gateway: Gateway, relay: Relay | None, wire: Client, client_address: Any, server: Any) -> None:
-        self.gateway, self.settings, self.relay, self.wire = gateway, gateway.settings, relay, wire
+    def __init__(self, gateway: Gateway, relay: Relay | None, request: Any, client_address: Any, server: Any) -> None:
+        self.gateway, self.settings, self.relay, self.wire = gateway, gateway.settings, relay, Client(request)
         self.peer = client_address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
         self.unread = False  # whether the client may still be sending a request that has been answered
-        super().__init__(wire.sock, client_address, server)  # which calls handle()
+        super().__init__(request, client_address, server)  # which calls handle()
 
     def handle(self) -> None:
         """The life of a connection."""
@@ -1639,9 +1646,9 @@ class Handler(socketserver.BaseRequestHandler):
         reason = error.reason if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError) else ""
         if reason == "HTTP_REQUEST":
             self._answer_plain_http()
-        elif reason:
+        elif reason and self.gateway.watchman.may_report():
             hint = f"clients must trust {self.settings.cert} and speak TLS 1.2 or 1.3"
-            self.gateway.report_seldom(f"a TLS handshake with {self.peer} failed: {reason}; {hint}")
+            self.gateway.report(f"a TLS handshake with {self.peer} failed: {reason}; {hint}")
         return False
 
     def _answer_plain_http(self) -> None:
@@ -1824,21 +1831,18 @@ class Server(http.server.ThreadingHTTPServer):
         except RuntimeError:
             self.close_request(request)
             self.slots.release()
-            self.gateway.report_seldom("cannot start a thread for a connection; lower --max-connections")
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The life of a connection's thread."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.slots.release()
+            if self.gateway.watchman.may_report():
+                self.gateway.report("cannot start a thread for a connection; lower --max-connections")
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Have Handler handle the connection over TLS."""
-        with TURN or contextlib.nullcontext():
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
-            request = Client(self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False))
-            super().finish_request(request, client_address)
+        """Have Handler handle the connection over TLS, and make room for another."""
+        try:
+            with TURN or contextlib.nullcontext():
+                request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
+                request = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+                super().finish_request(request, client_address)
+        finally:
+            self.slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report a bug in one line, but no errors that a client causes on its connection."""
@@ -1994,7 +1998,7 @@ def serve(settings: Settings) -> int:
     if not keys.value:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
-    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), Watchman(), say, seldom(say))
+    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), Watchman(), say)
     with explained(f"cannot listen on {host_and_port(*settings.listen)}", "choose another place with --listen", Unable):
         server = Server(gateway, context)
     stop_on_signals(server)
@@ -2115,18 +2119,6 @@ def say(text: str) -> None:
             if not takes_a_line(2, patience=1):
                 return
             print(line, file=sys.stderr, flush=True)
-
-
-def seldom(tell: Callable[[str], None]) -> Callable[[str], None]:
-    """The same, for what may happen often: at most once a minute, but for two threads at the very same moment."""
-    due = [-math.inf]
-
-    def tell_if_due(text: str) -> None:
-        if time.monotonic() >= due[0]:
-            due[0] = time.monotonic() + 60
-            tell(text)
-
-    return tell_if_due
 
 
 def host_and_port(host: str, port: int) -> str:
