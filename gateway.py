@@ -74,14 +74,13 @@ MAX_FIELDS: Final = 100  # fields in a head: as http.client and Apache
 MAX_INTERIM: Final = 8  # 1xx answers before the final one
 MAX_KEPT_LINES: Final = 5_000  # audit lines in memory while the log cannot be written, about 1.5 MB
 MAX_LOGGED: Final = 128  # characters of what a client wrote into the log, 12 bytes each; a line fits in PIPE_BUF
-READ_SIZE: Final = 64 * 1024  # bytes a read, where many come; more keeps memory that free-threaded Pythons give back late
+READ_SIZE: Final = 64 * 1024  # bytes a read, where many come; with more, free-threaded Pythons keep much memory
 TLS_RECORD: Final = 16 * 1024  # bytes that the largest one holds: RFC 8446, 5.1
 MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that renew --body-timeout
 CONNECT_TIMEOUT: Final = 5.0  # seconds to reach the upstream
 POOL_SIZE: Final = 64  # idle upstream connections
 POOL_SECONDS: Final = 4.0  # for which they are kept: uvicorn and llama.cpp close theirs after 5
-LINGER: Final = 30.0  # seconds in which a refused client may finish sending and read why: as nginx
-LINGER_SILENCE: Final = 5.0  # seconds without a byte that end this: likewise
+LINGER: Final = 15.0  # seconds in which a refused client may finish sending and read why; nginx waits 5 to 30
 TICK: Final = 0.25  # seconds between two looks at keys, certificate, pool, deadlines
 NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # it may pass, so wait
 
@@ -1085,6 +1084,7 @@ READ: Final = getattr(select, "POLLIN", 1)
 WRITE: Final = getattr(select, "POLLOUT", 4)
 GONE: Final = getattr(select, "POLLRDHUP", 0)  # Linux: the peer has left, even behind unread bytes; elsewhere POLLHUP
 
+NO_LINGER: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # for SO_LINGER: closing resets the connection
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 # A thread that gives up the interpreter's lock for a system call, while others want it, sleeps until it gets it back.
@@ -1157,17 +1157,15 @@ class Wire:
         except OSError:
             raise self.client.reason(self) from None
 
-    def close(self) -> None:
-        """Close with a close_notify, by which the peer can tell a regular end from a cut connection."""
-        self._end_tls()
-        self._close()
-
-    def abort(self) -> None:
-        """Close with a reset, so that the peer does not take what it has received for a whole message."""
-        no_linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+    def close(self, reset: bool = False) -> None:
+        """Close with a close_notify, or with a reset, after which the peer cannot take half a message for a whole one."""
         with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
-        self._close()
+            if reset:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+            else:
+                self._end_tls()
+        with self.lock:
+            self.sock.close()
 
     def shut_down(self, how: int) -> None:
         """Shut the TCP connection down.  SSLSocket.shutdown() would discard the TLS object that a thread is using."""
@@ -1183,10 +1181,6 @@ class Wire:
             if isinstance(self.sock, ssl.SSLSocket):
                 self.sock.setblocking(False)
                 self.sock.unwrap()  # sends our close_notify, and raises since the peer's has not come yet
-
-    def _close(self) -> None:
-        with self.lock:
-            self.sock.close()
 
 
 class Client(Wire):
@@ -1254,13 +1248,11 @@ class Client(Wire):
         """
         self._end_tls()
         self.shut_down(socket.SHUT_WR)
-        end = time.monotonic() + LINGER
         with contextlib.suppress(OSError, ClientLeft, Silence, Refusal):
             self.sock.setblocking(True)
-            data = b"more"
-            while data:
-                with self.until(min(end, time.monotonic() + LINGER_SILENCE), self, Silence()):
-                    data = socket.socket.recv(self.sock, READ_SIZE)  # below TLS, since it is only discarded
+            with self.until(time.monotonic() + LINGER, self, Silence()):
+                while socket.socket.recv(self.sock, READ_SIZE):  # below TLS, since it is only discarded
+                    pass
 
 
 class Watchman:
@@ -1395,7 +1387,7 @@ class Pool:
                 wire = self._idle.pop()[1] if self._idle else None
             if not wire or not ready([(wire, READ)], seconds=0):
                 return wire
-            wire.abort()
+            wire.close(reset=True)
 
     def give_back(self, wire: Wire) -> None:
         """Keep a connection that is ready for another request."""
@@ -1511,7 +1503,7 @@ class Exchange:
         if upstream and reusable and self.body.done and not (self._given_up or client.verdict):
             self._pool.give_back(upstream)
         elif upstream:
-            upstream.abort()
+            upstream.close(reset=True)
 
     def _open(self, kept: Wire | None) -> None:
         """Send the opening over a kept connection or a new one."""
@@ -1688,7 +1680,7 @@ class Handler(socketserver.BaseRequestHandler):
             self._refuse(refusal)
         except ClientLeft:
             self.record["status"] = 499
-            self.wire.abort()
+            self.wire.close(reset=True)
         except Exception as error:  # a bug, or a lack of memory, costs one connection and is reported
             self.gateway.report(fault(error))
             self._refuse(Refusal(500, "the gateway failed; its standard error says where"))
@@ -1779,7 +1771,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.record["status"] = status
         first = b"HTTP/1.1 %d %b" % (status, HTTPStatus(status).phrase.encode())
         if self.answering:
-            self.wire.abort()
+            self.wire.close(reset=True)
             return
         with contextlib.suppress(ClientLeft, Refusal):  # a Refusal, if the watchman's verdict came late
             self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
@@ -2106,7 +2098,7 @@ def announce(settings: Settings, keys: Keys, port: int, fresh_key: str, wanted: 
 def upstream_state(upstream: Upstream) -> str:
     """Say whether something listens there."""
     try:
-        Pool(upstream).connect().abort()
+        Pool(upstream).connect().close(reset=True)
     except UpstreamError as error:
         return f"NO ANSWER: {error}, or try --demo"
     return "it answers"
