@@ -789,179 +789,154 @@ def last_chunk(trailers: Fields) -> bytes:
 
 # --- Token counts ---
 # An answer says its counts, and a request its model, in members of a JSON document: the only one of a body, a
-# line of NDJSON, or the data of an event.  Three rules find them in little memory, and never in a model's text:
-# 1. Valid JSON contains neither "\ndata:" nor "}\n{", so documents can be told apart without parsing them.
-# 2. Nothing of interest stands in a long string, nor in an array or object inside the document unless _INNER
-#    matches where it opens.  With these emptied, a long document says the same in little space, even unfinished.
-# 3. The JSON parser reads what is left, and a member counts only in its own place.
+# line of NDJSON, or the data of an event.  They are found in little memory, and never in a model's text:
+# - A stream is split into documents without being parsed: valid JSON has neither "\ndata:" nor "}\n{" in it,
+#   since line breaks inside strings are escaped.  The first and the last documents are kept.
+# - A long document is pruned: {"data":[[0.1,0.2],[0.3]],"text":"10 KB of text","usage":{"prompt_tokens":8}}
+#   becomes {"data":[],"text":"","usage":{"prompt_tokens":8}}.
+# - The JSON parser reads what is kept, and a member counts only in its own place.
 
 BODY_KEPT: Final = 16 * 1024  # bytes of a body; a longer one is cut down to half of that, or given up
-STRING_KEPT: Final = 512  # bytes; longer strings in long documents are emptied
-FIRST_KEPT: Final = 3  # documents: a request has one, and message_start is among the first
-LAST_KEPT: Final = 8  # documents: few events follow the one with the counts
+LONG: Final = 512  # bytes; longer documents are pruned, and longer strings in them, or parts of a form, are left out
 
-_LEGIBLE = re.compile(rb"\s*(?:[\[{]|(?:data|event|id|retry)?:)")  # how JSON and server-sent events begin
-_INNER = re.compile(rb'(?:\A|[^:\s]|"(?:usage|timings|response|message)"\s*:)\s*\{\Z')  # or an element of an array
-# An outline shows only quotes and brackets, all of them square; on its blanks, patterns are several times faster.
-_OUTLINE = bytes({34: 34, 91: 91, 93: 93, 123: 91, 125: 93}.get(byte, 32) for byte in range(256))
-_UP_TO_BRACKET = re.compile(rb' *(?:"[^"]*" *)*[][]')
-_STRING = re.compile(rb'(?s)"[^"\\]*(?:\\.[^"\\]*)*"')
-_PART_HEAD = rb'(?i:(?:.+\r\n){,4}?content-disposition: *form-data; *name="?model"?)\r\n(?:.+\r\n){,4}\r\n'
+_LEGIBLE = re.compile(rb"[\[{]|(?:data|event|id|retry)?:")  # how JSON and server-sent events begin
+_BETWEEN = re.compile(rb"\n(?:data:|(?<=}\n)(?={))")
+# A bracket, with the colon or the name before it; or a string.  All begin with literals, which makes the search fast.
+_MARK = re.compile(rb'"(?:usage|timings|response|message)" ?: ?{|"[^"]*"|:\s*[{[]|\[|{|]|}')
+_MODEL_PART = rb'(?i)\r\n(?:.+\r\n){,4}?content-disposition: *form-data; *name="?model"?\r\n(?:.+\r\n){,4}\r\n(.*)'
 _TAKE_A_NAME = (b"/api/delete", b"/api/pull", b"/api/push", b"/api/show", b"/api/create")
 _LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete", "response.failed")
-_OUTSIDE_USAGE = ("prompt_eval_count", "eval_count", "tokens_evaluated", "tokens_predicted")  # Ollama, llama.cpp
-# The first of these that an answer has is its count; others are added to it where they are there.
-_PROMPT = {"prompt_tokens": (), "input_tokens": ("cache_read_input_tokens", "cache_creation_input_tokens"),
-           "prompt_eval_count": (), "tokens_evaluated": (), "cache_n": ("prompt_n",)}  # fmt: skip
+# The first of these that an answer has is its count; to those of the prompt, the others in a line are added.
+_PROMPT = (("prompt_tokens",), ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
+           ("prompt_eval_count",), ("tokens_evaluated",), ("cache_n", "prompt_n"))  # fmt: skip
 _RESPONSE = ("completion_tokens", "output_tokens", "eval_count", "tokens_predicted", "predicted_n")
+_OUTSIDE = {"prompt_eval_count", "eval_count", "tokens_evaluated", "tokens_predicted"}  # of Ollama and llama.cpp
+_INSIDE = {*_RESPONSE, *sum(_PROMPT, ())} - _OUTSIDE  # which stand in an object, usage or timings
 
 Counts = tuple[Optional[int], Optional[int]]
 
 
 class Excerpt:
-    """What is kept of a body: all of a short one; of a long one, the first and the last documents by rule 2."""
+    """What is kept of a body: all of a short one; of a long one, what may name a model or say counts."""
 
     def __init__(self) -> None:
         self.tail = bytearray()
-        self._shortened = False  # if it is, and nothing is left, the body was given up
 
     def add(self, content: bytes) -> None:
-        """Take note of the next bytes."""
-        if self._shortened and not self.tail:
-            return
-        if len(content) > BODY_KEPT:  # in steps, since shortening takes several times the size
-            for at in range(0, len(content), BODY_KEPT):
-                self.add(content[at : at + BODY_KEPT])
-            return
-        self.tail += content
+        """Take note of the next bytes; a NUL stands for a body that was given up."""
+        if self.tail != b"\0":
+            self.tail += content
         if len(self.tail) > BODY_KEPT:
-            self.tail[:], self._shortened = _shortened(bytes(self.tail)), True
-
-    def documents(self) -> list[bytes]:
-        """What is left of the documents; the first may be what stands before an event's data.
-
-        Long ones are emptied, so that the JSON parser meets no nesting too deep for it.
-        """
-        documents = _documents(bytes(self.tail))
-        return [_emptied(each) if self._shortened or len(each) > 2 * STRING_KEPT else each for each in documents]
+            separator, documents = _split(self)
+            kept = separator.join(documents)
+            self.tail[:] = kept if len(kept) <= BODY_KEPT // 2 else b"\0"
 
 
 def token_counts(answer: Excerpt) -> Counts:
     """(prompt tokens, response tokens), each None where the answer does not say."""
-    documents = answer.documents()
-    for document in reversed(documents):
-        prompt, response = _counts(_parsed(document))
+    _, documents = _split(answer)
+    for prompt, response in map(_counts, map(_parsed, reversed(documents))):
+        if prompt is None and response:  # llama.cpp counts an Anthropic prompt in message_start, and nowhere else
+            return _counts([_json_object(event).get("message") for event in documents])[0], response
         if prompt or response:  # Ollama's /v1/completions says 0 and 0 until it knows
-            if prompt is None:  # llama.cpp counts an Anthropic prompt in message_start, and nowhere else
-                begun = map(_json_object, documents[:FIRST_KEPT])
-                prompt, _ = _counts([event.get("message") for event in begun if event.get("type") == "message_start"])
             return prompt, response
     return None, None
 
 
 def has_said_all(answer: Excerpt) -> bool:
     """Whether a stream has said its last word, on which clients leave without awaiting the body's end."""
-    last = answer.documents()[-1].strip().removeprefix(b"data:")
+    last = _split(answer)[1][-1]
     said = _json_object(last)
     return last.split()[:1] == [b"[DONE]"] or said.get("done") is True or said.get("type") in _LAST_EVENTS
 
 
 def model_name(target: bytes, content_type: bytes, request: Excerpt) -> str | None:
     """The model that a request names; where it names several, the one that Ollama takes."""
-    if request.tail.startswith(b"--"):
-        boundary = content_type.partition(b"boundary=")[2].partition(b";")[0].strip(b' "')
-        part = _model_part(bytes(request.tail), b"--" + boundary)
-        return part[1].decode(errors="replace")[:MAX_LOGGED] if part else None
+    separator, documents = _split(request)
+    if separator == b"\r\n--" + content_type.partition(b"boundary=")[2].partition(b";")[0].strip(b' "'):
+        found = [match[1] for part in documents[:-1] if (match := re.fullmatch(_MODEL_PART, part))]
+        return found[0].decode(errors="replace")[:MAX_LOGGED] if found else None
     path = urllib.parse.unquote_to_bytes(target.partition(b"?")[0])  # Ollama serves /api/%70ull, too
-    first = request.documents()[0]
-    asked = _json_object(first, _decode_as_go)
+    asked = _object(_parsed(documents[0], _decode_as_go))
     if not asked:  # perhaps it was broken off; up to the last comma there are mostly whole members
-        asked = _json_object(_emptied(first).rpartition(b",")[0] + b"}", _decode_as_go)
+        asked = _object(_parsed(_pruned(documents[0]).rpartition(b",")[0] + b"}", _decode_as_go))
     model = asked.get("source" if path == b"/api/copy" else "model") or (path in _TAKE_A_NAME and asked.get("name"))
     return model[:MAX_LOGGED] if model and isinstance(model, str) else None
 
 
-def _documents(body: bytes) -> list[bytes]:
-    """The first and the last documents of a body, by rule 1."""
-    if not _LEGIBLE.match(body) or b"\n" not in body:
-        return [body if _LEGIBLE.match(body) else b""]
-    documents = body.replace(b"\r", b"").replace(b"}\n{", b"}\ndata:{").split(b"\ndata:")
-    return documents[:FIRST_KEPT] + documents[FIRST_KEPT:][-LAST_KEPT:]
+def _split(excerpt: Excerpt) -> tuple[bytes, list[bytes]]:
+    """What separates the documents of a body, or the parts of a form, and what is kept of them.
+
+    The first may be what stands before an event's data; the last may be unfinished.
+    """
+    body = bytes(excerpt.tail).lstrip()
+    if body.startswith(b"--"):  # multipart/form-data; a long part ends in what may be the beginning of a separator
+        separator = b"\r\n" + body.partition(b"\r\n")[0]
+        parts = (b"\r\n" + body).split(separator)
+        return separator, [part if len(part) <= LONG else b"\r\n\n" + part[-len(separator) :] for part in parts]
+    documents = _BETWEEN.split(b"\n" + body.replace(b"\r", b"")) if _LEGIBLE.match(body) else [b"\0"]
+    documents = documents[:3] + documents[3:][-8:]  # message_start is among the first; few events follow the counts
+    return b"\ndata:", [_pruned(each.lstrip()) if len(each) > LONG else each for each in documents]
 
 
-def _shortened(body: bytes) -> bytes:
-    """What has to be kept of a body's beginning, more of which may follow; nothing if it is given up."""
-    if body.startswith(b"--"):  # multipart/form-data: the model's part may have begun at the end
-        boundary = body.partition(b"\r\n")[0]
-        part = _model_part(body, boundary)
-        short = part[0][2:] if part else boundary + b"\r\n\r\n" + body[-BODY_KEPT // 4 :]
-    else:
-        documents = _documents(body)
-        if sum(map(len, documents)) > BODY_KEPT // 3:
-            documents = [_emptied(document) for document in documents]
-        short = b"\ndata:".join(documents)
-    return short if len(short) <= BODY_KEPT // 2 else b""
+def _pruned(document: bytes) -> bytes:
+    """A document without its long strings, and without what stands in the arrays and objects inside it.
 
-
-def _emptied(document: bytes) -> bytes:
-    """A document's beginning, more of which may follow, without what rule 2 leaves out."""
+    Kept are the objects that _MARK names, and those of an array that is the document itself.  If the document is
+    unfinished, so is what is returned, and its rest can be added: it is in as many brackets, and in a string or not.
+    """
     masked = document.replace(b"\\\\", b"__").replace(b'\\"', b"__")  # now each quote begins or ends a string
     end = masked.rfind(b'"') if masked.count(b'"') % 2 else len(masked)  # where an unfinished string begins
-    outline, kept, at, hidden = masked[:end].translate(_OUTLINE) + b"]", [b""], 0, 0  # ] always matches
-    while (step := _UP_TO_BRACKET.match(outline, at)) and step.end() <= end:
-        text, at = document[at : step.end()], step.end()
-        opens, was_hidden = outline[at - 1] == ord("["), hidden
-        if hidden or (opens and kept[1:] and not _INNER.search(text[-32:])):
-            hidden += 1 if opens else -1
-        kept.append((b"" if hidden else text[-1:]) if was_hidden else text)
-    kept.append(b"[" * (hidden - 1) if hidden else document[at:end])
-    short = _STRING.sub(lambda string: string[0] if len(string[0]) <= STRING_KEPT else b'""', b"".join(kept))
-    too_long = b'"' + b"_" * STRING_KEPT + b"\\" * masked.endswith(b"\\")  # still too long, still in an escape
-    return short + (document[end:] if len(document) - end <= STRING_KEPT else too_long)
-
-
-def _model_part(body: bytes, boundary: bytes) -> re.Match[bytes] | None:
-    """The first part named model in a multipart/form-data body."""
-    mark = b"\r\n" + re.escape(boundary)
-    return re.search(mark + b"\r\n" + _PART_HEAD + b"(.*)" + mark, b"\r\n" + body)
+    kept, at, hidden = bytearray(), 0, 0  # hidden: how many brackets are open in what is left out
+    for token in _MARK.finditer(masked, 0, end):
+        text = token[0]
+        if hidden:
+            hidden += 1 if text[-1:] in b"[{" else -1 if text in b"]}" else 0
+            at = token.start()
+        elif len(text) > LONG or (text[:1] in b":[" and token.start()):
+            hidden = int(text[:1] != b'"')
+            kept += document[at : token.start()] + (text if hidden else b'""')
+            at = token.end()
+    filler = b"_" * LONG  # what is too long stays so, and what is hidden is no JSON until it has been pruned again
+    rest = filler + b"[" * (hidden - 1) if hidden else document[at:end]
+    string = b'"' + filler + masked[-1:] if len(masked) - end > LONG else document[end:]
+    return bytes(kept + rest + string)
 
 
 _decode = json.JSONDecoder().raw_decode  # json.loads() would guess the encoding, and refuse what follows the document
-_decode_as_go = json.JSONDecoder(  # as Ollama reads: names in any case, the last one wins, null says nothing
-    object_pairs_hook=lambda members: {name.casefold(): value for name, value in members if value is not None},
-    parse_int=float,  # int() would refuse numbers of 5000 digits
+_decode_as_go = json.JSONDecoder(  # names in any case, the last wins, null says nothing, numbers may be of 5000 digits
+    parse_int=float, object_pairs_hook=lambda pairs: {name.casefold(): each for name, each in pairs if each is not None}
 ).raw_decode
 
 
 def _parsed(document: bytes, decode: Callable[[str], Any] = _decode) -> Any:
     """The value of a document, None if it has none."""
     try:
-        return decode(document.decode(errors="replace").lstrip("\n dat:"))[0]  # the first may begin with "data:"
+        return decode(document.decode(errors="replace").lstrip())[0]
     except (ValueError, RecursionError):
         return None
 
 
-def _json_object(document: bytes, decode: Callable[[str], Any] = _decode) -> dict[str, Any]:
-    """An object, or an empty one for everything else."""
-    return _inner(_parsed(document, decode))
+def _json_object(document: bytes) -> dict[str, Any]:
+    """The object that a document is, or an empty one."""
+    return _object(_parsed(document))
 
 
-def _inner(value: Any) -> dict[str, Any]:
-    """A member that should be an object, or an empty one in its place."""
+def _object(value: Any) -> dict[str, Any]:
+    """A value that should be an object, or an empty one in its place."""
     return value if isinstance(value, dict) else {}
 
 
 def _counts(value: Any) -> Counts:
     """What a document counts; llama.cpp answers several prompts with an array of documents, which are added up."""
     told: dict[str, int] = {}
-    for document in map(_inner, value if isinstance(value, list) else [value]):
-        numbers = {name: document[name] for name in _OUTSIDE_USAGE if name in document}
-        for usage in (document.get("timings"), _inner(document.get("response")).get("usage"), document.get("usage")):
-            numbers.update(_inner(usage))
-        for name, number in numbers.items():
-            if type(number) is int and 0 <= number < 2**53:
-                told[name] = told.get(name, 0) + number
-    prompts = (told[name] + sum(told.get(more, 0) for more in added) for name, added in _PROMPT.items() if name in told)
+    for document in map(_object, value if isinstance(value, list) else [value]):
+        usage = document.get("usage") or _object(document.get("response")).get("usage")
+        for members, names in ((document, _OUTSIDE), (_object(usage), _INSIDE), (_object(document.get("timings")), _INSIDE)):
+            for name in names.intersection(members):
+                if type(members[name]) is int and 0 <= members[name] < 2**53:
+                    told[name] = told.get(name, 0) + members[name]
+    prompts = (sum(told.get(name, 0) for name in names) for names in _PROMPT if names[0] in told)
     return next(prompts, None), next((told[name] for name in _RESPONSE if name in told), None)
 
 
