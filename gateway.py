@@ -1082,7 +1082,8 @@ class Wire:
     client: Client  # whose connection it serves: a client's wire its own, an upstream's the one that uses it now
 
     def __init__(self, sock: socket.socket, failure: Callable[[], Exception]) -> None:
-        self.sock, self.failure, self.descriptor, self.lock = sock, failure, sock.fileno(), threading.Lock()
+        self.sock, self.failure, self.descriptor = sock, failure, sock.fileno()
+        self.lock = threading.RLock()  # reentrant, since a second signal may come while the first one ends connections
         self.ahead = b""  # received, but not used yet
         # A read takes at least one whole TLS record, so OpenSSL holds no plaintext that poll() cannot see.
         self._size, self._most = TLS_RECORD, TLS_RECORD if isinstance(sock, ssl.SSLSocket) else READ_SIZE
@@ -1236,7 +1237,7 @@ class Watchman:
     def __init__(self) -> None:
         self.stopping = False  # from then on, nobody waits for another request
         self.clients: set[Client] = set()  # all there are; used under the lock
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # reentrant for the same reason as a wire's
         self._reported = -math.inf  # when it was last worth telling what clients can cause at will
 
     def run(self) -> None:
