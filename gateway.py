@@ -1386,8 +1386,8 @@ class Pool:
                 sock = self._tls.wrap_socket(sock, server_hostname=self.upstream.host, suppress_ragged_eofs=False)
         except OSError as error:
             reason = getattr(error, "verify_message", None) or error.strerror or "no answer"
-            message = f"the upstream at {self.upstream.authority} cannot be reached ({reason}); start it there"
-            raise UpstreamError(502, message) from None
+            where = f"the upstream at {self.upstream.authority}"
+            raise UpstreamError(502, f"{where} cannot be reached ({reason}); start it there") from None
         return Wire(sock, lambda: UpstreamError(502, "the connection to the upstream broke"))
 
 
@@ -1460,7 +1460,8 @@ class Exchange:
         data, self._upstream.ahead = self._upstream.ahead, b""
         self._unsent = head + _upstreams(self._answer.pass_on, data)
         while not self._answer.done:
-            self._flush()
+            self._client.send(self._unsent, self._settings.write_timeout, ClientLeft())
+            self._unsent = b""
             if self._relay and chunked:
                 self._lend(self._relay)
             if not self._unsent:
@@ -1469,7 +1470,7 @@ class Exchange:
                 self._unsent = _upstreams(self._answer.pass_on, data)
         # Before the client has the end of the answer, since its next request may follow at once and need a connection.
         self.end(reusable=keeps_alive(answer) and answer.framing != UNTIL_CLOSE and not self._answer.rest)
-        self._flush()
+        self._client.send(self._unsent, self._settings.write_timeout, ClientLeft())
 
     def end(self, reusable: bool = False) -> None:
         """Keep the upstream's connection for another request, or close it, which stops the model.  May be repeated."""
@@ -1526,10 +1527,6 @@ class Exchange:
         if not (data or may_end):
             raise UpstreamError(502, "the upstream closed the connection before the end of its answer")
         return data
-
-    def _flush(self) -> None:
-        self._client.send(self._unsent, self._settings.write_timeout, ClientLeft())
-        self._unsent = b""
 
     def _lend(self, relay: Relay) -> None:
         """Let the relay bring the answer, until that would need waiting for the client."""
