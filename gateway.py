@@ -19,10 +19,10 @@ It does not protect against: a stolen key (revoke it in keys.txt; a second later
 key's holder asks of the model (prompts are neither read nor limited), somebody who reaches the
 upstream's own port, or a client that skips the certificate check.
 
-Reading map, from top to bottom, each part using only what stands above it:
-Settings - API keys - Certificates - HTTP rules - Token counts - Audit log - Wires (sockets that do not
-block) - Selector (waits for all of them) - Forwarding (to the upstream and back) - Handler (a request's way
-through all of that) - Server (connections, their number, drain) - Demo - Command line.
+Reading map: the sections from top to bottom, each of which uses only what stands above it.
+Settings - API keys - Certificates - HTTP rules - Token counts - Audit log - Sockets (blocking, with deadlines
+that the watchman enforces) - Relay (running streams) - Forwarding (to the upstream and back) - Handler (the way
+of a request through all of that) - Server (connections, their number, the end) - Demo - Command line.
 """
 
 from __future__ import annotations
@@ -66,23 +66,25 @@ from typing import Annotated, Any, Callable, Final, Generic, NamedTuple, NoRetur
 __version__ = "1.0.0"
 
 # --- Settings ---
+# What can be configured, how its text is read, and what other sections need before anything else: the two errors
+# that are meant for the operator, files that are followed while the gateway runs, and files that it creates.
 
-# Bounds that nobody should have to set, with their precedents.
-MAX_HEAD: Final = 32 * 1024  # bytes of a message head: nginx takes 4 x 8 KiB, Node.js 16 KiB
-MAX_TARGET: Final = 8 * 1024  # bytes of a request target: RFC 9112, 3 asks for 8000, nginx takes 8 KiB
-MAX_FIELDS: Final = 100  # fields in a head: as http.client and Apache
+# Limits that nobody should have to change, each with its unit and with the reason or the precedent for its value.
+MAX_HEAD: Final = 32 * 1024  # bytes of a message head: nginx allows 4 x 8 KiB, Node.js 16 KiB
+MAX_TARGET: Final = 8 * 1024  # bytes of a request target: RFC 9112, 3 asks for 8000, nginx allows 8 KiB
+MAX_FIELDS: Final = 100  # fields in a head: the limit of http.client and of Apache
 MAX_INTERIM: Final = 8  # 1xx answers before the final one
-MAX_KEPT_LINES: Final = 5_000  # audit lines in memory while the log cannot be written, about 1.5 MB
-MAX_LOGGED: Final = 128  # characters of what a client wrote into the log, 12 bytes each; a line fits in PIPE_BUF
-READ_SIZE: Final = 64 * 1024  # bytes a read, where many come; with more, free-threaded Pythons keep much memory
-TLS_RECORD: Final = 16 * 1024  # bytes that the largest one holds: RFC 8446, 5.1
-MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that renew --body-timeout
-CONNECT_TIMEOUT: Final = 5.0  # seconds to reach the upstream
-POOL_SIZE: Final = 64  # idle upstream connections
-POOL_SECONDS: Final = 4.0  # for which they are kept: uvicorn and llama.cpp close theirs after 5
-LINGER: Final = 15.0  # seconds in which a refused client may finish sending and read why; nginx waits 5 to 30
-TICK: Final = 0.25  # seconds between two looks at keys, certificate, pool, deadlines
-NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # it may pass, so wait
+MAX_KEPT_LINES: Final = 5_000  # audit lines kept in memory while the log cannot be written, about 1.5 MB
+MAX_LOGGED: Final = 128  # characters of a client's text in the log, up to 12 bytes each; a line fits in PIPE_BUF
+READ_SIZE: Final = 64 * 1024  # bytes in a read of bulk data; larger reads make free-threaded Pythons hold on to memory
+TLS_RECORD: Final = 16 * 1024  # bytes of plaintext in the largest TLS record: RFC 8446, 5.1
+MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that start --body-timeout anew
+CONNECT_TIMEOUT: Final = 5.0  # seconds to connect to the upstream
+POOL_SIZE: Final = 64  # idle upstream connections that are kept
+POOL_SECONDS: Final = 4.0  # seconds for which they are kept: uvicorn and llama.cpp close theirs after 5
+LINGER: Final = 15.0  # seconds in which a refused client may finish sending and read why: nginx waits 5 to 30
+TICK: Final = 0.25  # seconds between two checks of files, pool and deadlines
+NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # shortages that may pass, so we wait
 
 
 class Settings(NamedTuple):
@@ -108,83 +110,73 @@ class Settings(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Where requests go: http(s)://authority/prefix."""
+    """The server that requests are forwarded to: http(s)://authority/prefix."""
 
     tls: bool
     host: str
     port: int
-    authority: str  # host[:port], as in the URL
-    prefix: str  # goes before every target; "" or "/like/this"
+    authority: str  # host[:port], as the URL spells it
+    prefix: str  # goes before every request target; "" or "/like/this"
 
 
-def upstream_url(text: str) -> Upstream:
-    """Read http://HOST:PORT or https://HOST:PORT, with a path at most."""
-    url = urllib.parse.urlsplit(text)
-    if not re.fullmatch(r"(?=[!-~]+\Z)(?i:https?)://[^/?#@]+(/[^?#]*)?", text) or not url.hostname:
-        raise ValueError
-    url.hostname.encode("idna")  # or connecting would raise this UnicodeError
-    tls = url.scheme == "https"
-    return Upstream(tls, url.hostname, url.port or (443 if tls else 80), url.netloc, url.path.rstrip("/"))
+class OperatorError(Exception):
+    """A mistake that the person who runs the gateway can fix.  Its text says what and how; the exit status is 2."""
+
+
+class Unable(OperatorError):
+    """An OperatorError for settings that are valid but that the system refuses at the moment.  The exit status is 1."""
+
+
+def read(pattern: str, convert: Callable[..., Any], text: str) -> Any:
+    """Match the whole text, and return what `convert` makes of the pattern's groups.  Raises ValueError."""
+    [match] = re.finditer(rf"\A(?:{pattern})\Z", text)  # unpacking raises the ValueError if there is no match
+    return convert(*match.groups())
+
+
+def upstream_url(tls: str, netloc: str, host: str, port: str | None, prefix: str) -> Upstream:
+    """Make an Upstream from the parts of its URL.  Raises ValueError for a host name that DNS cannot hold."""
+    host.encode("idna")  # is what connecting does first, and raises a UnicodeError, which is a ValueError
+    return Upstream(bool(tls), host.strip("[]").lower(), int(port or (443 if tls else 80)), netloc, prefix.rstrip("/"))
 
 
 def origin_pattern(scheme: str, host: str, port: str | None) -> re.Pattern[str]:
-    """Make a pattern for the Origin header, which browsers send in lower case and without a default port."""
+    """Make the pattern of the Origin headers to accept.  Browsers write them in lower case and omit a default port."""
     default_port = {"http": 80, "https": 443}.get(scheme.lower())
-    if default_port and re.search(r"\]$|(^|\.)[0-9]+$", host):  # an address, which browsers write in its usual form
+    if default_port and re.search(r"\]$|(^|\.)[0-9]+$", host):  # an IP address, which browsers write in canonical form
         host = re.sub("(.*:.*)", r"[\1]", str(ipaddress.ip_address(host.strip("[]"))))
-    end = "(:[0-9]+)?" if port == "*" else f":{int(port)}" if port and int(port) != default_port else ""
+    number = int(port) if port and port != "*" else port
+    end = {"*": "(:[0-9]+)?", None: "", default_port: ""}.get(number, f":{number}")
     host = re.escape(host).replace(r"\*\.", r"([0-9a-z_-]+\.)+").replace(r"\*", "[0-9a-z._-]*")
     return re.compile(f"{re.escape(scheme)}://{host}{end}", re.IGNORECASE | re.ASCII)
 
 
 def origin_allowed(origin: str, allowed: Iterable[re.Pattern[str]]) -> bool:
-    """Whether a page of this origin, as its browser's Origin header names it, may use the gateway."""
+    """Whether the web pages of this origin, which is the value of an Origin header, may use the gateway."""
     return any(pattern.fullmatch(origin) for pattern in allowed)
 
 
-def place(host: str, port: str) -> tuple[str, int]:
-    """Make an address to listen at."""
-    return host.strip("[]"), int(port)
-
-
-def host_name(name: str, address: str) -> str:
-    """Take a name as it is, and an address in its usual form."""
-    return name or str(ipaddress.ip_address(address))
-
-
-def read(pattern: str, convert: Callable[..., Any], text: str) -> Any:
-    """Match the text and convert the pattern's groups.  Raises ValueError."""
-    [match] = re.finditer(rf"\A(?:{pattern})\Z", text)  # a ValueError if there is none
-    return convert(*match.groups())
-
-
-HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*"  # with _, which Docker's services may have
+HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*"  # names of Docker's services may contain _
 IPV6: Final = r"\[[0-9A-Fa-f:.]+\]"
 PORT: Final = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"  # up to 65535
-
-# What an option takes: its type, how help shows it, and how it is read.
-Switch = Annotated[bool, "", functools.partial(read, "(?i:(1|t|true|y|yes|on)|0|f|false|n|no|off)", bool)]
-Place = Annotated[tuple[str, int], "HOST:PORT", functools.partial(read, rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})", place)]
-Url = Annotated[Upstream, "URL", upstream_url]
-File = Annotated[str, "FILE", str]
-Names = Annotated[Sequence[str], "HOST", functools.partial(read, rf"({HOST_NAME})|([0-9A-Fa-f:.]+)", host_name)]
-# Not http://* and https://*, which would be every page of the web.
+URL: Final = rf"(?=[!-~]+\Z)(?i:http(s?))://((\[[^][/?#@]+\]|[^][/?#@:]+)(?::({PORT})?)?)((?:/[^?#]*)?)"
+# The lookahead rejects http://* and https://*, which would allow every page of the web.
 ORIGIN: Final = rf"(?!(?i:https?)://\*(?::|\Z))([A-Za-z][A-Za-z0-9+.-]*)://(\*|{IPV6}|{HOST_NAME})(?::(\*|{PORT}))?"
+
+# The kinds of values: the type, the placeholder in the help text, and the function that reads the text of one value.
+Switch = Annotated[bool, "", functools.partial(read, "(?i:(1|t|true|y|yes|on)|0|f|false|n|no|off)", bool)]
+Place = Annotated[tuple[str, int], "HOST:PORT", functools.partial(
+    read, rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})", lambda host, port: (host.strip("[]"), int(port)))]  # fmt: skip
+Url = Annotated[Upstream, "URL", functools.partial(read, URL, upstream_url)]
+File = Annotated[str, "FILE", str]
+Names = Annotated[Sequence[str], "HOST", functools.partial(
+    read, rf"({HOST_NAME})|([0-9A-Fa-f:.]+)", lambda name, ip: name or str(ipaddress.ip_address(ip)))]  # fmt: skip
 Origins = Annotated[Sequence[re.Pattern[str]], "ORIGIN", functools.partial(read, ORIGIN, origin_pattern)]
 Count = Annotated[int, "N", functools.partial(read, "([1-9][0-9]{0,5})", int)]
 Seconds = Annotated[float, "S", functools.partial(read, r"((?!0*\.?0*$)[0-9]{1,6}(?:\.[0-9]{1,3})?)", float)]
 
 
-class OperatorError(Exception):
-    """Something that the person who runs the gateway can fix; the text says what and how.  Exit status 2."""
-
-
-class Unable(OperatorError):
-    """The same, where the settings are understood, but the system does not allow it now.  Exit status 1."""
-
-
 def fault(error: BaseException) -> str:
-    """An error of our own in one line; never its text, which may quote a key."""
+    """Describe a bug of the gateway in one line.  The error's own text is left out, since it may quote an API key."""
     where = error.__traceback__
     while where and where.tb_next:
         where = where.tb_next
@@ -193,25 +185,25 @@ def fault(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explained(failure: str, remedy: str, kind: type[OperatorError] = OperatorError) -> Iterator[None]:
-    """Turn an error into an OperatorError, or that kind of it, that says what failed, why, and what to do."""
+    """Turn an error of the system into an OperatorError that says what failed, why, and what to do about it."""
     try:
         yield
-    except (OSError, ValueError, LookupError) as error:  # an SSLError is an OSError
-        # The error's own text is left out, since it may quote what could not be read, such as a key.
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or ""
-        reason = f": {reason}".partition(" (while")[0] if reason else ""  # create_server() says where; so do we
-        raise kind(f"{failure}{reason}; {remedy}") from None
+    except (OSError, ValueError, LookupError) as error:  # ssl.SSLError is an OSError
+        # str(error) is not used, since it may quote what could not be read, such as an API key.
+        reason = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or "")
+        # socket.create_server() appends "(while attempting to bind on address ...)", but `failure` names the address.
+        raise kind(": ".join(filter(None, (failure, reason.partition(" (while")[0]))) + f"; {remedy}") from None
 
 
 T = TypeVar("T")
 
 
 class Watched(Generic[T]):
-    """A value loaded from files, and loaded anew when their content changes; an error leaves the last good value.
+    """A value loaded from files, and loaded again when their content changes.  After an error the old value stays.
 
-    It compares content and not modification times, since two edits within one tick of the file system's clock
-    have the same time.  A change counts only when two looks in a row have seen it, since the first may have come
-    while the file was being written.
+    It compares content instead of modification times, because two edits within one tick of the file system's clock
+    have the same time.  A change is acted upon once two consecutive looks have seen the same new content, because a
+    single look may catch a file that is still being written.
     """
 
     def __init__(self, load: Callable[[], T], *paths: str) -> None:
@@ -220,9 +212,9 @@ class Watched(Generic[T]):
         self.value = load()
 
     def refresh(self) -> str | None:
-        """Look at the files again; returns what to tell the operator, or None if nothing changed."""
+        """Look at the files again.  Returns a message for the operator, or None if there is nothing to say."""
         before, self._seen = self._seen, self._look()
-        if self._seen is None or self._seen != before or self._seen == self._used:
+        if self._seen != before or self._seen in (None, self._used):
             return None
         self._used = self._seen
         try:
@@ -232,7 +224,7 @@ class Watched(Generic[T]):
         return f"{' and '.join(self._paths)} changed; the new version is in force"
 
     def _look(self) -> list[str] | None:
-        """The digests of the files' content, or None if descriptors are short, so that we cannot know."""
+        """Return the digests of the files' content, or None if the process is too short of resources to read them."""
         try:
             return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self._paths]
         except OSError as error:
@@ -240,15 +232,15 @@ class Watched(Generic[T]):
 
 
 def create_file(path: str, content: bytes, mode: int) -> bool:
-    """Make a file, whole or not at all.  If there is one already, leave it as it is and return False."""
+    """Create a file that is complete as soon as it exists.  If it exists already, leave it alone and return False."""
     remedy = "start in a directory that you may write to, or name others with --keys, --cert, --cert-key and --log"
     with explained(f"cannot make {path}", remedy), tempfile.TemporaryDirectory(".new", dir=Path(path).parent) as folder:
-        whole = Path(folder, "whole")  # nobody else can read that folder
+        whole = Path(folder, "whole")  # only we can read a temporary directory, so it may hold a private key
         whole.write_bytes(content)
         whole.chmod(mode)
         try:
-            os.link(whole, path)  # unlike a rename, this never replaces a file
-        except OSError:  # the file is there, or the file system has no hard links
+            os.link(whole, path)  # never replaces a file, as renaming would
+        except OSError:  # the file exists, or the file system has no hard links
             if os.path.lexists(path):
                 return False
             whole.rename(path)
@@ -932,7 +924,8 @@ def _counts(value: Any) -> Counts:
     told: dict[str, int] = {}
     for document in map(_object, value if isinstance(value, list) else [value]):
         usage = document.get("usage") or _object(document.get("response")).get("usage")
-        for members, names in ((document, _OUTSIDE), (_object(usage), _INSIDE), (_object(document.get("timings")), _INSIDE)):
+        timings = _object(document.get("timings"))
+        for members, names in ((document, _OUTSIDE), (_object(usage), _INSIDE), (timings, _INSIDE)):
             for name in names.intersection(members):
                 if type(members[name]) is int and 0 <= members[name] < 2**53:
                     told[name] = told.get(name, 0) + members[name]
@@ -1059,7 +1052,7 @@ READ: Final = getattr(select, "POLLIN", 1)
 WRITE: Final = getattr(select, "POLLOUT", 4)
 GONE: Final = getattr(select, "POLLRDHUP", 0)  # Linux: the peer has left, even behind unread bytes; elsewhere POLLHUP
 
-NO_LINGER: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # for SO_LINGER: closing resets the connection
+NO_LINGER: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER, so that closing is a reset
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 # A thread that gives up the interpreter's lock for a system call, while others want it, sleeps until it gets it back.
@@ -1134,7 +1127,7 @@ class Wire:
             raise self.client.reason(self) from None
 
     def close(self, reset: bool = False) -> None:
-        """Close with a close_notify, or with a reset, after which the peer cannot take half a message for a whole one."""
+        """Close with a close_notify, or with a reset, by which the peer can tell that the message is not whole."""
         with contextlib.suppress(OSError):
             if reset:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
@@ -1825,57 +1818,45 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # --- Demo ---
-# The upstream of --demo: it answers in Ollama's formats, as fast as one reads, without a model.
+# With --demo, requests are forwarded to this server, which answers in the formats of Ollama without any model.
 
 DEMO_MODEL: Final = "demo:latest"
 DEMO_TEXT: Final = "This is the gateway's built-in demo, not a model. TLS, your key and the audit log are real."
 DEMO_WORDS: Final = re.findall(r"\S+\s*", DEMO_TEXT)
-DEMO_QUESTION: Final = """/api/chat -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'"""
 DEMO_PACE: Final = 0.03  # seconds per word
-DEMO_KEPT: Final = 256 * 1024  # bytes of a request's body that are kept; a longer body counts as empty
+DEMO_KEPT: Final = 256 * 1024  # bytes of a request's body that are kept; a longer body is not valid JSON any more
 
 
-class DemoUpstream(http.server.BaseHTTPRequestHandler):
-    """Stands in for Ollama, as far as demo_answers() goes."""
+class DemoUpstream(socketserver.StreamRequestHandler):
+    """Stands in for Ollama, as far as demo_answer() goes.  It answers one request and closes the connection."""
 
-    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def log_message(self, *_: Any) -> None:
-        """Stay silent, since the audit log has a line for each request."""
-
-    def version_string(self) -> str:
-        """Name the demo in the Server header, where the base class would tell Python's version."""
-        return f"gateway-demo/{__version__}"
-
-    def do_POST(self) -> None:
-        """Read the question, and send the answer at a reading pace, each piece made only when its turn has come."""
-        fields = parse_fields("\r\n".join(f"{name}:{value}" for name, value in self.headers.items()).encode("latin-1"))
-        body, content = BodyReader(body_framing(fields, b"1.1", 0)), b""
+    def handle(self) -> None:
+        """Read the question, and send the answer at a reading pace, making each piece only when its turn has come."""
+        request = parse_request(b"\r\n".join(iter(lambda: self.rfile.readline().rstrip(), b"")))
+        body, content = BodyReader(request.framing), bytearray()
         while not body.done and (data := self.rfile.read1(READ_SIZE)):
-            content = (content + body.feed(data))[:DEMO_KEPT]
-        asked = {"model": "demo", "stream": self.path.startswith("/api/"), **_json_object(content)}
-        content_type, pieces = demo_answer(f"{self.command} {self.path}", asked)
-        self.send_response(200 if pieces else 404)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.send_header("Connection", "close")  # so that nothing unread can pass for a request
-        self.end_headers()
-        with contextlib.suppress(OSError):  # the client has left
-            for piece in pieces or [demo_line({"error": "this is not in the demo"})]:
-                self.wfile.write(chunk(piece))
-                time.sleep(DEMO_PACE)
-            self.wfile.write(last_chunk(Fields()))
-
-    do_GET = do_POST
+            content += body.feed(data)[: DEMO_KEPT - len(content)]
+        asked = {"model": "demo", "stream": request.target.startswith(b"/api/"), **_json_object(bytes(content))}
+        content_type, pieces = demo_answer(f"{request.method.decode()} {request.target.decode()}", asked)
+        head = ["HTTP/1.1 " + ("200 OK" if pieces else "404 Not Found"), f"Server: gateway-demo/{__version__}",
+                f"Content-Type: {content_type}", "Transfer-Encoding: chunked", "Connection: close", "", ""]  # fmt: skip
+        self.wfile.write("\r\n".join(head).encode())
+        for piece in pieces or [demo_line({"error": "this is not in the demo"})]:
+            self.wfile.write(chunk(piece))
+            time.sleep(DEMO_PACE)
+        self.wfile.write(last_chunk(Fields()))
 
 
 def demo_answer(request: str, asked: dict[str, Any]) -> tuple[str, Iterable[bytes] | None]:
-    """The Content-Type of the answer and its pieces, or None if that request is not in the demo."""
+    """Return the answer's Content-Type and its pieces, or None in their place if the demo has no such request."""
+    words = len(re.findall(rb"\w+", demo_line(asked.get("prompt") or asked.get("messages") or "")))
+    said = [*((word, None) for word in DEMO_WORDS), ("", "stop")] if asked["stream"] else [(DEMO_TEXT, "stop")]
     if request == "POST /v1/chat/completions":
-        return "text/event-stream" if asked["stream"] else "application/json", demo_openai(asked)
+        return "text/event-stream" if asked["stream"] else "application/json", demo_openai(asked, words, said)
     if request in ("POST /api/chat", "POST /api/generate"):
-        return "application/x-ndjson", demo_ollama(asked, chat=request == "POST /api/chat")
+        return "application/x-ndjson", demo_ollama(asked, words, said, chat=request == "POST /api/chat")
     model = {"name": DEMO_MODEL, "model": DEMO_MODEL, "size": 0, "digest": "", "details": {}}
     openai_model = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "demo"}
     known: dict[str, dict[str, Any]] = {"GET /api/version": {"version": f"{__version__}-demo"}}
@@ -1883,96 +1864,92 @@ def demo_answer(request: str, asked: dict[str, Any]) -> tuple[str, Iterable[byte
     return "application/json", [demo_line(known[request])] if request in known else None
 
 
-def demo_ollama(asked: dict[str, Any], chat: bool) -> Iterator[bytes]:
-    """The answer of /api/chat and /api/generate, piece by piece."""
-    end = {"done_reason": "stop", "prompt_eval_count": demo_prompt_tokens(asked), "eval_count": len(DEMO_WORDS)}
-    for text in [*DEMO_WORDS, ""] if asked["stream"] else [DEMO_TEXT]:
+def demo_ollama(asked: dict[str, Any], words: int, said: Iterable[tuple[str, Any]], chat: bool) -> Iterator[bytes]:
+    """Make the answer of /api/chat and /api/generate: a line of JSON for each piece of text."""
+    end = {"done": True, "done_reason": "stop", "prompt_eval_count": words, "eval_count": len(DEMO_WORDS)}
+    for text, reason in said:
         now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
-        said = {"message": {"role": "assistant", "content": text}} if chat else {"response": text}
-        more = {"done": True, **end} if text in ("", DEMO_TEXT) else {"done": False}
-        yield demo_line({"model": asked["model"], "created_at": now, **said, **more})
+        part = {"message": {"role": "assistant", "content": text}} if chat else {"response": text}
+        yield demo_line({"model": asked["model"], "created_at": now, **part, **(end if reason else {"done": False})})
 
 
-def demo_openai(asked: dict[str, Any]) -> list[bytes]:
-    """The answer of /v1/chat/completions, piece by piece."""
-    prompt, response, stream = demo_prompt_tokens(asked), len(DEMO_WORDS), asked["stream"]
-    usage = {"prompt_tokens": prompt, "completion_tokens": response, "total_tokens": prompt + response}
-    kind, part = ("chat.completion.chunk", "delta") if stream else ("chat.completion", "message")
+def demo_openai(asked: dict[str, Any], words: int, said: Iterable[tuple[str, Any]]) -> list[bytes]:
+    """Make the answer of /v1/chat/completions: an event for each piece of text, or one JSON document."""
+    usage = {"prompt_tokens": words, "completion_tokens": len(DEMO_WORDS), "total_tokens": words + len(DEMO_WORDS)}
+    kind, part = ("chat.completion.chunk", "delta") if asked["stream"] else ("chat.completion", "message")
     head = {"id": "demo", "object": kind, "created": int(time.time()), "model": asked["model"]}
-    answers: list[dict[str, Any]] = []
-    for text in [*DEMO_WORDS, ""] if stream else [DEMO_TEXT]:
-        said, reason = {"role": "assistant", "content": text}, "stop" if text in ("", DEMO_TEXT) else None
-        answers.append({**head, "choices": [{"index": 0, part: said, "finish_reason": reason}]})
-    if not stream:
-        return [demo_line({**answers[0], "usage": usage})]
+    choices = [{"index": 0, part: {"role": "assistant", "content": text}, "finish_reason": why} for text, why in said]
+    if not asked["stream"]:
+        return [demo_line({**head, "choices": choices, "usage": usage})]
+    events = [{**head, "choices": [choice]} for choice in choices]
     if asked.get("stream_options") == {"include_usage": True}:
-        answers.append({**head, "choices": [], "usage": usage})
-    return [b"data: %b\n" % line for line in [*map(demo_line, answers), b"[DONE]\n"]]
-
-
-def demo_prompt_tokens(asked: dict[str, Any]) -> int:
-    """The number of words in the question, for want of a tokenizer."""
-    return len(re.findall(rb"\w+", demo_line(asked.get("prompt") or asked.get("messages") or "")))
+        events.append({**head, "choices": [], "usage": usage})
+    return [b"data: %b\n" % line for line in [*map(demo_line, events), b"[DONE]\n"]]
 
 
 def demo_line(value: Any) -> bytes:
-    """The value as a line of JSON."""
+    """Encode the value as a line of JSON."""
     return json.dumps(value).encode() + b"\n"
 
 
 def start_demo() -> Upstream:
     """Serve the demo on a free port of the loopback interface, and return its address."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoUpstream)
-    server.handle_error = lambda *_: None  # type: ignore[method-assign] # a client that leaves early is no error
+    server.handle_error = lambda *_: None  # type: ignore[method-assign] # clients may leave at any time
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return upstream_url(f"http://127.0.0.1:{server.server_port}")
+    return Upstream(False, "127.0.0.1", server.server_port, f"127.0.0.1:{server.server_port}", "")
 
 
 # --- Command line ---
-# Arguments come in and an exit status goes out.  Nothing above prints, or ends the process.
+# Arguments come in and an exit status goes out.  No other section prints anything or ends the process.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.  The exit status is 0 after a clean stop, 1 if it cannot run, 2 if it was told wrong."""
+    """Run the command line.  Returns 0 after a clean stop, 1 if the gateway cannot run, 2 if it was told wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == ["keygen"]:
-            print(key_line(*arguments[1:]))
-            return 0
-        return serve(parse_arguments(arguments))
-    except OperatorError as error:
-        say(f"gateway: {error}")
-        return 1 if isinstance(error, Unable) else 2
-    except KeyboardInterrupt:  # before stop_on_signals()
+        if arguments[:1] != ["keygen"]:
+            return serve(parse_arguments(arguments))
+        print(key_line(*arguments[1:]))
+        return 0
+    except KeyboardInterrupt:  # Ctrl+C before stop_on_signals() was called
         return 130
-    except Exception as error:  # a traceback might show a key
-        say(fault(error))
-        return 1
+    except Exception as error:  # caught whatever it is, because a traceback might show an API key
+        say(f"gateway: {error}" if isinstance(error, OperatorError) else fault(error))
+        return 2 if type(error) is OperatorError else 1
 
 
 def serve(settings: Settings) -> int:
-    """Serve until told to stop.  Whatever can be wrong is found before the port is bound."""
-    wanted = settings.max_connections
-    settings = settings._replace(max_connections=min(wanted, possible_connections()))
-    if settings.demo:
-        settings = settings._replace(upstream=start_demo())
-    new = key_line("first")
-    made = not os.path.lexists(settings.keys) and create_file(settings.keys, f"{new}\n".encode(), 0o600)
+    """Serve until a signal says stop.  All mistakes in the settings are found before the port is bound.
+
+    While other threads serve, this one follows the files and closes upstream connections that were kept for too long.
+    """
+    wanted, upstream = settings.max_connections, start_demo() if settings.demo else settings.upstream
+    settings = settings._replace(upstream=upstream, max_connections=min(wanted, possible_connections()))
+    line = key_line("first")
+    fresh = not os.path.lexists(settings.keys) and create_file(settings.keys, f"{line}\n".encode(), 0o600)
     ensure_certificate(settings.cert, settings.cert_key, settings.name)
     keys = Watched(lambda: load_keys(settings.keys), settings.keys)
     if not keys.value:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
-    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings.upstream), Watchman(), say)
+    gateway = Gateway(settings, keys, open_log(settings.log), Pool(upstream), Watchman(), say)
     with explained(f"cannot listen on {host_and_port(*settings.listen)}", "choose another place with --listen", Unable):
         server = Server(gateway, context)
     stop_on_signals(server)
-    announce(settings, keys.value, server.server_address[1], new.split()[0] if made else "", wanted)
-    for run in (functools.partial(server.serve_forever, TICK), gateway.watchman.run, *([server.relay.run] if server.relay else [])):
-        threading.Thread(target=vital, args=(run, server), daemon=True).start()
-    vital(functools.partial(keep_house, gateway, context), server)
-    if not gateway.watchman.stopping:  # it failed, and abandon() is about to end the process
-        return 1
+    announce(settings, keys.value, server.server_address[1], line.split()[0] if fresh else "", wanted)
+    threading.excepthook = lambda failed: abandon(server, failed.exc_value)
+    relays = [server.relay.run] if server.relay else []
+    for run in (lambda: server.serve_forever(TICK), gateway.watchman.run, *relays):
+        threading.Thread(target=run, daemon=True).start()
+    try:
+        while not gateway.watchman.stopping:
+            for news in filter(None, (keys.refresh(), context.refresh(), log_news(gateway.log))):
+                say(news)
+            gateway.pool.prune()
+            time.sleep(TICK)
+    except Exception as error:
+        abandon(server, error)
     server.shutdown()
     server.server_close()
     server.drain(settings.grace)
@@ -1981,35 +1958,24 @@ def serve(settings: Settings) -> int:
     return 1 if unwritten else 0
 
 
-def keep_house(gateway: Gateway, context: Watched[ssl.SSLContext]) -> None:
-    """Until told to stop, follow the files, say what changed, and close connections that were kept for too long."""
-    while not gateway.watchman.stopping:
-        for news in filter(None, (gateway.keys.refresh(), context.refresh(), log_news(gateway.log))):
-            say(news)
-        gateway.pool.prune()
-        time.sleep(TICK)
+def abandon(server: Server, error: BaseException | None = None) -> None:
+    """End the process with exit status 1, once the requests that this breaks off are logged.
 
-
-def vital(run: Callable[[], None], server: Server) -> None:
-    """Run what all connections depend on.  If it fails, the process ends, so that it can be started anew."""
-    try:
-        run()
-    except Exception as error:  # whatever it is, nobody else would tell
+    This is for a second signal, and for an error in a thread that all connections depend on: without that thread
+    the gateway would hang, while systemd or Docker start it anew when the process has ended.
+    """
+    if error:
         say(fault(error))
-        abandon(server)
-
-
-def abandon(server: Server) -> None:
-    """End the process soon, with exit 1; by then what this breaks off is logged."""
     server.gateway.watchman.end_all()
-    threading.Timer(0.2, os._exit, (1,)).start()
+    time.sleep(0.2)
+    os._exit(1)
 
 
 def stop_on_signals(server: Server) -> None:
-    """Let the first SIGINT or SIGTERM drain the server, and the second end it at once.
+    """Let the first SIGINT or SIGTERM drain the server, and the second one end it at once.
 
-    SIGHUP and SIGUSR1, by which other servers reload or reopen their log, must not kill the gateway.  There is
-    nothing to do for them, since it watches its files.
+    SIGHUP and SIGUSR1 make other servers reload their settings or reopen their log.  The gateway watches its files, so
+    it ignores these signals instead of being killed by them.
     """
 
     def stop(*_: Any) -> None:
@@ -2017,68 +1983,59 @@ def stop_on_signals(server: Server) -> None:
             abandon(server)
         server.gateway.watchman.stopping = True
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    for name in {"SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has neither
-        signal.signal(getattr(signal, name), lambda *_: None)
+    handlers: dict[str, Any] = {"SIGINT": stop, "SIGTERM": stop, "SIGHUP": signal.SIG_IGN, "SIGUSR1": signal.SIG_IGN}
+    for name in handlers.keys() & dir(signal):  # Windows has neither SIGHUP nor SIGUSR1
+        signal.signal(getattr(signal, name), handlers[name])
 
 
 def possible_connections() -> int:
-    """The number of clients for which there are descriptors, once their limit is raised as far as the system allows."""
-    limit = 512  # on Windows, where no more can be watched by select()
-    if sys.platform != "win32":
-        import resource  # noqa: PLC0415 - does not exist there
+    """Raise the limit of descriptors as far as the system allows, and return how many clients it suffices for."""
+    if sys.platform == "win32":
+        return 240  # select() watches 512 sockets at most there
+    import resource  # noqa: PLC0415 - does not exist on Windows
 
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63  # "unlimited" may be -1, and becomes large
-    return max(1, (limit - 32) // 2)  # a client needs one and its request another; 32 are for all else
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    # A client needs one descriptor and its request another, and 32 are for everything else.  "Unlimited" may be -1,
+    # which the remainder turns into a large number.
+    return max(1, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63 - 32) // 2)
 
 
 def announce(settings: Settings, keys: Keys, port: int, fresh_key: str, wanted: int) -> None:
-    """Tell how to use the gateway, and what is wrong with its settings."""
+    """Tell the operator how to use the gateway, and what is wrong with its settings."""
     host, upstream, cert, most = settings.listen[0], settings.upstream, settings.cert, settings.max_connections
     everywhere, near = host in ("", "0.0.0.0", "::"), upstream.host in ("127.0.0.1", "::1", "localhost")  # noqa: S104
     listen = host_and_port("" if everywhere else host, port)
     url = f"https://{'localhost' if everywhere else ''}{listen}"
-    state, target = "the built-in demo, not a model", DEMO_QUESTION
-    if not settings.demo:
-        state, target = upstream_state(upstream), "/api/tags"
-    fingerprint, until, missing = describe_certificate(cert, settings.name)
-    flaw = f"does not cover {', '.join(missing)}" if missing else ""
-    flaw = "has expired" if until < datetime.now(timezone.utc) else flaw
-    shown = fresh_key if os.isatty(2) else ""  # in a journal or a container's log, others would find it later
-    also = f"{shown} - also in {settings.keys}, and not shown again"
-    new = (also if shown else f"stands in {os.path.abspath(settings.keys)}") if fresh_key else ""
-    weak = "keys are short or well known; for good ones: python3 gateway.py keygen NAME"
-    few = f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)"
-    lines = [
-        ("URL", url),
-        ("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}"),
-        ("Keys", f"{len(keys)} in {settings.keys}"),
-        ("New key", new),
-        ("WARNING", weak if any(key.weak for key in keys.values()) else ""),
-        ("Connections", few if most < wanted else ""),
-        ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
-        ("WARNING", f"{cert} {flaw}; move it and {settings.cert_key} away to have a new pair made" if flaw else ""),
-        ("Audit log", "standard output" if settings.log == "-" else settings.log),
-        ("Try", f'curl --cacert {cert} -H "X-Api-Key: {shown or "YOUR-KEY"}" {url}{target}'),
-    ]
-    say(f"Gateway listening on {listen}, upstream {host_and_port('' if near else upstream.host, upstream.port)}"
-        + "".join(f"\n  {label:<12} {text}" for label, text in lines if text))  # fmt: skip
-
-
-def upstream_state(upstream: Upstream) -> str:
-    """Say whether something listens there."""
+    example = """chat -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'""" if settings.demo else "tags"
+    state = "the built-in demo, not a model" if settings.demo else "it answers"
     try:
         Pool(upstream).connect().close(reset=True)
     except UpstreamError as error:
-        return f"NO ANSWER: {error}, or try --demo"
-    return "it answers"
+        state = f"NO ANSWER: {error}, or try --demo"
+    fingerprint, until, missing = describe_certificate(cert, settings.name)
+    expired = until < datetime.now(timezone.utc)
+    flaw = "has expired" if expired else missing and f"does not cover {', '.join(missing)}"
+    shown = fresh_key if os.isatty(2) else ""  # other people can read a journal or a container's log later
+    weak = any(key.weak for key in keys.values())
+    # Each row is a label, its text, and the conditions under which they are shown.
+    rows: list[tuple[Any, ...]] = [("URL", url),
+        ("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}"),
+        ("Keys", f"{len(keys)} in {settings.keys}"),
+        ("New key", f"{shown} - also in {settings.keys}, and not shown again", shown),
+        ("New key", f"stands in {os.path.abspath(settings.keys)}", fresh_key, not shown),
+        ("WARNING", "keys are short or well known; for good ones: python3 gateway.py keygen NAME", weak),
+        ("Connections", f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)", most < wanted),
+        ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
+        ("WARNING", f"{cert} {flaw}; move it and {settings.cert_key} away to have a new pair made", flaw),
+        ("Audit log", "standard output" if settings.log == "-" else settings.log),
+        ("Try", f'curl --cacert {cert} -H "X-Api-Key: {shown or "YOUR-KEY"}" {url}/api/{example}')]  # fmt: skip
+    lines = "".join(f"\n  {label:<12} {text}" for label, text, *conditions in rows if all(conditions))
+    say(f"Gateway listening on {listen}, upstream {host_and_port('' if near else upstream.host, upstream.port)}{lines}")
 
 
 def say(text: str) -> None:
-    """Print lines on stderr, the first with the time; give up if nobody reads them."""
+    """Print lines on stderr, the first one with the time.  If nobody reads them, give up after a second."""
     with contextlib.suppress(OSError, ValueError):
         for line in f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}".splitlines():
             if not takes_a_line(2, patience=1):
@@ -2091,13 +2048,13 @@ def host_and_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-# A flag, what it takes, how that is read, its default (None if it may be given several times), and its purpose.
+# For each option: its flag, the placeholder of its value, the function that reads a value, the default, the purpose.
 _SETTINGS: Final = get_type_hints(Settings, include_extras=True)
 OPTIONS: Final = [("--" + name.replace("_", "-"), *hint.__metadata__) for name, hint in _SETTINGS.items()]
 
 
 def parse_arguments(argv: Sequence[str]) -> Settings:
-    """Read all options; a flag wins over its environment variable, and that over the default."""
+    """Read all options.  A flag takes precedence over its environment variable, and that one over the default."""
     parser = _Parser(prog="gateway", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False,
                      epilog="gateway keygen [NAME] prints a fresh line for the key file.")  # fmt: skip
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
@@ -2107,21 +2064,20 @@ def parse_arguments(argv: Sequence[str]) -> Settings:
         how: Any = {"action": "append", "metavar": what} if what else {"action": "append_const", "const": "yes"}
         parser.add_argument(flag, dest=variable, help=f"{about} [{variable}; {note}]", **how)
     flags, unknown = parser.parse_known_args(argv)
-    if unknown:  # only the first is shown, since a value may be a key
+    if unknown:  # only the name of the first one is shown, since what follows may be an API key
         raise OperatorError(f"there is no argument {unknown[0].partition('=')[0]}; see --help")
     values: list[Any] = []
     for (flag, what, read, default, about), (variable, given) in zip(OPTIONS, vars(flags).items()):
         text = os.environ.get(variable, "").strip()
         texts = given or ([text or default] if default else re.findall(r"[^,\s]+", text))
         with explained(f"{flag if given else variable} is not understood", f"it takes {what or 'yes or no'}: {about}"):
-            found = [read(text) for text in texts]
-        values.append(found[-1] if default else found)
+            values.append(read(texts[-1]) if default else [*map(read, texts)])  # the last flag wins
     return Settings(*values)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Report it in one line, like every other error, where argparse would print its usage, too."""
+        """Report a mistake in one line, like all other errors.  The base class would print the usage as well."""
         raise OperatorError(f"{message}; see --help")
 
 

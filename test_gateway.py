@@ -191,12 +191,13 @@ class FakeUpstream:
         sock.settimeout(PATIENCE * 3)
         reader = Reader(sock)
         self.readers.append(reader)
+        received = self.received  # of this test, since what it broke off may be noticed after its end
         try:
             if self.raw:
                 self.raw(sock)
                 return
             while (message := reader.message()).head:
-                self.received.append(message)
+                received.append(message)
                 if not message.whole:
                     return
                 script = self.script  # once: the test may be about to set the next
