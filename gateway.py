@@ -1920,10 +1920,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(settings: Settings) -> int:
-    """Serve until a signal says stop.  All mistakes in the settings are found before the port is bound.
-
-    While other threads serve, this one follows the files and closes upstream connections that were kept for too long.
-    """
+    """Serve until a signal says stop.  All mistakes in the settings are found before the port is bound."""
     wanted, upstream = settings.max_connections, start_demo() if settings.demo else settings.upstream
     settings = settings._replace(upstream=upstream, max_connections=min(wanted, possible_connections()))
     line = key_line("first")
@@ -1937,14 +1934,20 @@ def serve(settings: Settings) -> int:
     with explained(f"cannot listen on {host_and_port(*settings.listen)}", "choose another place with --listen", Unable):
         server = Server(gateway, context)
     stop_on_signals(server)
-    announce(settings, keys.value, server.server_address[1], line.split()[0] if fresh else "", wanted)
     threading.excepthook = lambda failed: abandon(server, failed.exc_value)
     relays = [server.relay.run] if server.relay else []
     for run in (lambda: server.serve_forever(TICK), gateway.watchman.run, *relays):
         threading.Thread(target=run, daemon=True).start()
+    announce(settings, keys.value, server.server_address[1], line.split()[0] if fresh else "", wanted)
+    return keep_house(server)
+
+
+def keep_house(server: Server) -> int:
+    """While other threads serve, follow the files and close idle connections.  Returns the exit status at the end."""
+    gateway = server.gateway
     try:
         while not gateway.watchman.stopping:
-            for news in filter(None, (keys.refresh(), context.refresh(), log_news(gateway.log))):
+            for news in filter(None, (gateway.keys.refresh(), server.context.refresh(), log_news(gateway.log))):
                 say(news)
             gateway.pool.prune()
             time.sleep(TICK)
@@ -1952,7 +1955,7 @@ def serve(settings: Settings) -> int:
         abandon(server, error)
     server.shutdown()
     server.server_close()
-    server.drain(settings.grace)
+    server.drain(gateway.settings.grace)
     unwritten = unwritten_lines(gateway.log).decode()
     say("Gateway stopped" + (f", but could not write these audit lines:\n{unwritten}" if unwritten else ""))
     return 1 if unwritten else 0
