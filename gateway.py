@@ -649,10 +649,8 @@ def forwarded_head(request: Head, upstream: Upstream, peer: str, without: bytes 
 
 
 def answer_head(answer: Head, upstream: Upstream, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
-    """The head for the client: the upstream's own lines except the field `without`, followed by the lines `added`.
-
-    Content-Length is forbidden in 1xx and 204 answers (RFC 9110, 8.6), so it is removed there.
-    """
+    """The head for the client: the upstream's own lines except the field `without`, followed by the lines `added`."""
+    # Content-Length is forbidden in 1xx and 204 answers (RFC 9110, 8.6).
     dropped = HOP_BY_HOP | {b"content-length"} if answer.status < 200 or answer.status == 204 else HOP_BY_HOP
     head = _head(b"HTTP/1.1 %d %b" % (answer.status, answer.reason), answer.fields, dropped, without, added)
     return _reachable(head, upstream) if b"location" in answer.fields else head
@@ -706,8 +704,7 @@ def error_body(path: str, status: int, message: str) -> bytes:
     """An error in the JSON of the API that the path belongs to: Anthropic's, OpenAI's, or else Ollama's."""
     kind = {403: "permission_error"}.get(status, "api_error" if status >= 500 else "invalid_request_error")
     anthropic = {"type": "request_too_large" if status == 413 else kind, "message": message}
-    # OpenAI's clients parse `code` as a string or null.
-    openai = {"message": message, "type": kind, "code": "permission_denied" if status == 403 else None}
+    openai = {"message": message, "type": kind, "code": "permission_denied" if status == 403 else None}  # no number
     apis = {"/v1/messages": {"type": "error", "error": anthropic}, "/v1/": {"error": openai}, "": {"error": message}}
     return json.dumps(next(body for prefix, body in apis.items() if path.startswith(prefix))).encode()
 
@@ -819,8 +816,7 @@ class Excerpt:
         if self.tail != b"\0":
             self.tail += content
         if len(self.tail) > BODY_KEPT:
-            separator, documents = _split(self)
-            kept = separator.join(documents)
+            kept = bytes.join(*_split(self))
             self.tail[:] = kept if len(kept) <= BODY_KEPT // 2 else b"\0"
 
 
@@ -1387,13 +1383,14 @@ class Pool:
 class Exchange:
     """A request on its way to the upstream, and the answer on its way back."""
 
+    _upstream: Wire  # from begin() on; the client's wire knows it until end()
+    _kept: bool  # whether the connection was used before, and has not proved good yet
+    _given_up: bool  # whether the upstream does not get the rest of the request
+
     def __init__(self, pool: Pool, relay: Relay | None, client: Client, request: Head, settings: Settings) -> None:
         self._pool, self._relay, self._client, self._request, self._settings = pool, relay, client, request, settings
         self.sent, self.received = Excerpt(), Excerpt()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
-        self._upstream: Wire  # from begin() on; the client has it until end()
-        self._kept = False  # whether the connection was used before, and has not proved good yet
-        self._given_up = False  # whether the upstream does not get the rest of the request
         self._silent = UpstreamError(504, f"the upstream was silent for {settings.upstream_timeout:g} seconds")
 
     def begin(self, head: bytes) -> None:
@@ -1613,10 +1610,9 @@ class Handler(socketserver.BaseRequestHandler):
         """Answer a client that sent plain HTTP.  OpenSSL has consumed its request, so the log cannot show it."""
         record = {**new_record(self.peer), "status": 400}
         append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), record, 0))
-        head = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
+        answer = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nThis port speaks https.\n"
         with contextlib.suppress(OSError):
-            socket.socket.send(self.request, head + b"This port speaks https.\n")  # below TLS
-        self.unread = True
+            self.unread = bool(socket.socket.send(self.request, answer))  # below TLS
 
     def _await_request(self, seconds: float) -> bool:
         """Wait for the first byte of a request; False if none comes.  Empty lines before it are skipped."""
