@@ -158,7 +158,7 @@ def origin_allowed(origin: str, allowed: Iterable[re.Pattern[str]]) -> bool:
 HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*"  # names of Docker's services may contain _
 IPV6: Final = r"\[[0-9A-Fa-f:.]+\]"
 PORT: Final = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"  # up to 65535
-URL: Final = rf"(?=[!-~]+\Z)(?i:http(s?))://((\[[^][/?#@]+\]|[^][/?#@:]+)(?::({PORT})?)?)((?:/[^?#]*)?)"
+URL: Final = rf"(?=[!-~]+\Z)(?i:http(s?))://(({IPV6}|[^][/?#@:]+)(?::({PORT})?)?)((?:/[^?#]*)?)"
 # The lookahead rejects http://* and https://*, which would allow every page of the web.
 ORIGIN: Final = rf"(?!(?i:https?)://\*(?::|\Z))([A-Za-z][A-Za-z0-9+.-]*)://(\*|{IPV6}|{HOST_NAME})(?::(\*|{PORT}))?"
 
