@@ -790,8 +790,9 @@ LONG: Final = 512  # bytes; longer documents are pruned, and longer strings in t
 
 _LEGIBLE = re.compile(rb"[\[{]|(?:data|event|id|retry)?:")  # how JSON and server-sent events begin
 _BETWEEN = re.compile(rb"\n(?:data:|(?<=}\n)(?={))")
-# A bracket, with the colon or the name before it; or a string.  All begin with literals, which makes the search fast.
-_MARK = re.compile(rb'"(?:usage|timings|response|message)" ?: ?{|"[^"]*"|:\s*[{[]|\[|{|]|}')
+# A bracket, with a name or the colon before it, or a string; and the numbers behind it, to be fast with vectors.
+_MARK = re.compile(rb'("(?:usage|timings|response|message)" ?: ?{|"[^"]*"|:\s*[{[]|\[|{|]|})[-+0-9.,eE\s]*')
+_NESTING = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _MODEL_PART = rb'(?i)\r\n(?:.+\r\n){,4}?content-disposition: *form-data; *name="?model"?\r\n(?:.+\r\n){,4}\r\n(.*)'
 _TAKE_A_NAME = (b"/api/delete", b"/api/pull", b"/api/push", b"/api/show", b"/api/create")
 _LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete", "response.failed")
@@ -873,18 +874,18 @@ def _pruned(document: bytes) -> bytes:
     Kept are the objects that _MARK names, and those of an array that is the document itself.  If the document is
     unfinished, so is what is returned, and its rest can be added: it is in as many brackets, and in a string or not.
     """
-    masked = document.replace(b"\\\\", b"__").replace(b'\\"', b"__")  # now each quote begins or ends a string
+    masked = re.sub(rb"(?s)\\.", b"__", document)  # now each quote begins or ends a string
     end = masked.rfind(b'"') if masked.count(b'"') % 2 else len(masked)  # where an unfinished string begins
     kept, at, hidden = bytearray(), 0, 0  # hidden: how many brackets are open in what is left out
     for token in _MARK.finditer(masked, 0, end):
-        text = token[0]
+        text = token[1]
         if hidden:
-            hidden += 1 if text[-1:] in b"[{" else -1 if text in b"]}" else 0
+            hidden += _NESTING.get(text[-1], 0)
             at = token.start()
         elif len(text) > LONG or (text[:1] in b":[" and token.start()):
             hidden = int(text[:1] != b'"')
             kept += document[at : token.start()] + (text if hidden else b'""')
-            at = token.end()
+            at = token.end(1)
     filler = b"_" * LONG  # what is too long stays so, and what is hidden is no JSON until it has been pruned again
     rest = filler + b"[" * (hidden - 1) if hidden else document[at:end]
     string = b'"' + filler + masked[-1:] if len(masked) - end > LONG else document[end:]
