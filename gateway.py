@@ -1080,6 +1080,9 @@ class Wire:
 
     def receive(self, deadline: float, overdue: Exception) -> bytes:
         """The next bytes, b"" at the end.  Raises `overdue` after the deadline."""
+        if time.monotonic() > deadline:  # a flood of bytes never blocks, and the watchman could miss it
+            self.shut_down(socket.SHUT_RD)
+            raise overdue
         self.sock.setblocking(True)
         with self.client.until(deadline, self, overdue):
             data = self.sock.recv(self._size)
