@@ -39,7 +39,6 @@ import http.server
 import io
 import ipaddress
 import json
-import math
 import os
 import re
 import secrets
@@ -48,7 +47,6 @@ import signal
 import socket
 import socketserver
 import ssl
-import stat
 import string
 import struct
 import sys
@@ -59,8 +57,8 @@ import urllib.parse
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
-from http import HTTPStatus
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Annotated, Any, Callable, Final, Generic, NamedTuple, NoReturn, Optional, TypeVar, get_type_hints
 
 __version__ = "1.0.0"
@@ -826,7 +824,7 @@ def token_counts(answer: Excerpt) -> Counts:
     _, documents = _split(answer)
     for prompt, response in map(_counts, map(_parsed, reversed(documents))):
         if prompt is None and response:  # llama.cpp counts an Anthropic prompt in message_start, and nowhere else
-            return _counts([_json_object(event).get("message") for event in documents])[0], response
+            return _counts([_object(_parsed(event)).get("message") for event in documents])[0], response
         if prompt or response:  # Ollama's /v1/completions says 0 and 0 until it knows
             return prompt, response
     return None, None
@@ -835,7 +833,7 @@ def token_counts(answer: Excerpt) -> Counts:
 def has_said_all(answer: Excerpt) -> bool:
     """Whether a stream has said its last word, on which clients leave without awaiting the body's end."""
     last = _split(answer)[1][-1]
-    said = _json_object(last)
+    said = _object(_parsed(last))
     return last.split()[:1] == [b"[DONE]"] or said.get("done") is True or said.get("type") in _LAST_EVENTS
 
 
@@ -904,11 +902,6 @@ def _parsed(document: bytes, decode: Callable[[str], Any] = _decode) -> Any:
         return decode(document.decode(errors="replace").lstrip())[0]
     except (ValueError, RecursionError):
         return None
-
-
-def _json_object(document: bytes) -> dict[str, Any]:
-    """The object that a document is, or an empty one."""
-    return _object(_parsed(document))
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -1022,7 +1015,7 @@ def _open_file(log: LogFile) -> io.FileIO:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     file = io.FileIO(1 if log.path == "-" else os.open(log.path, flags, 0o600), "a", closefd=log.path != "-")
     log.file, log.written = file, 0
-    log.may_block = not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    log.may_block = file.isatty() or not file.seekable()
     if not log.may_block:
         with contextlib.suppress(OSError), open(log.path, "rb") as old:  # an empty file has no last byte: OSError
             old.seek(-1, os.SEEK_END)
@@ -1078,15 +1071,15 @@ class Wire:
         # A read takes at least one whole TLS record, so OpenSSL holds no plaintext that poll() cannot see.
         self._size, self._most = TLS_RECORD, TLS_RECORD if isinstance(sock, ssl.SSLSocket) else READ_SIZE
 
-    def receive(self, deadline: float, overdue: Exception) -> bytes:
-        """The next bytes, b"" at the end.  Raises `overdue` after the deadline."""
+    def receive(self, deadline: float, overdue: Exception, may_end: bool = False) -> bytes:
+        """The next bytes; b"" at the connection's end, if it may end here.  Raises `overdue` after the deadline."""
         if time.monotonic() > deadline:  # a flood of bytes never blocks, and the watchman could miss it
             self.shut_down(socket.SHUT_RD)
             raise overdue
         self.sock.setblocking(True)
         with self.client.until(deadline, self, overdue):
             data = self.sock.recv(self._size)
-        if not data and self.client.verdict:
+        if not data and (self.client.verdict or not may_end):
             raise self.client.reason(self)
         # A large buffer costs memory in every thread, so only a connection that fills the small one gets it.
         self._size = self._most if len(data) == self._size else TLS_RECORD
@@ -1141,10 +1134,6 @@ class Wire:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, how)
 
-    def fileno(self) -> int:
-        """For select()."""
-        return self.descriptor
-
     def _end_tls(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             if isinstance(self.sock, ssl.SSLSocket):
@@ -1193,7 +1182,7 @@ class Client(Wire):
 
     def look(self, now: float, left: set[Wire], stopping: bool) -> None:
         """For the watchman, which holds the lock: intervene if the deadline has passed or the client has left."""
-        deadline, wire, overdue = self.wait or (math.inf, self, ClientLeft())
+        deadline, wire, overdue = self.wait or (sys.maxsize, self, ClientLeft())
         if deadline < now or (stopping and isinstance(overdue, Silence)):
             # At first only reading ends, since a client that is too slow shall still get its 408.  That ends neither a
             # write nor a read during which records without data keep coming (TLS KeyUpdate), so if the call is still
@@ -1231,7 +1220,7 @@ class Watchman:
         self.stopping = False  # from then on, nobody waits for another request
         self.clients: set[Client] = set()  # all there are; used under the lock
         self.lock = threading.RLock()  # reentrant for the same reason as a wire's
-        self._reported = -math.inf  # when it was last worth telling what clients can cause at will
+        self._reported = float(-sys.maxsize)  # when it was last worth telling what clients can cause at will
 
     def run(self) -> None:
         """Look at all connections, again and again.  Nothing in here blocks."""
@@ -1261,14 +1250,16 @@ class Watchman:
 
 def ready(wanted: Sequence[tuple[Wire, int]], seconds: float | None) -> set[Wire]:
     """The wires on which one of their events (READ, WRITE, GONE) happens within that time; None waits for ever."""
-    if not hasattr(select, "poll"):  # Windows, where only sending to a client tells that it has left
-        reading, writing = ([wire for wire, events in wanted if events & event] for event in (READ, WRITE))
-        readable, writable, _ = select.select(reading, writing, [], seconds) if reading or writing else ([], [], [])
-        return {*readable, *writable}
-    poll, wires = select.poll(), {wire.descriptor: wire for wire, _ in wanted}
-    for wire, events in wanted:
-        poll.register(wire.descriptor, events)
-    return {wires[descriptor] for descriptor, _ in poll.poll(None if seconds is None else seconds * 1000)}
+    wires = {wire.descriptor: wire for wire, _ in wanted}
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        for wire, events in wanted:
+            poll.register(wire.descriptor, events)
+        return {wires[descriptor] for descriptor, _ in poll.poll(None if seconds is None else seconds * 1000)}
+    # Windows, where only sending to a client tells that it has left
+    reading, writing = ([wire.descriptor for wire, events in wanted if events & event] for event in (READ, WRITE))
+    found = select.select(reading, writing, [], seconds) if reading or writing else ()
+    return {wires[descriptor] for descriptors in found for descriptor in descriptors}
 
 
 # --- Relay ---
@@ -1278,32 +1269,25 @@ def ready(wanted: Sequence[tuple[Wire, int]], seconds: float | None) -> set[Wire
 # connection's own thread, which sleeps meanwhile, and which does all of the work where there is no relay.
 
 
-class Loan:
-    """A running stream: how to move on what has arrived, and how to wake the thread that lent it."""
-
-    def __init__(self, move: Callable[[], bool]) -> None:
-        self.move, self.returned = move, threading.Semaphore(0)
-        self.failure: Exception | None = None
-
-
 class Relay:
     """Moves running streams, all in one thread."""
 
     def __init__(self) -> None:
         self._poll = select.epoll()  # Linux only
-        self._loans: dict[int, Loan] = {}  # by the descriptor of the upstream's socket
+        # By the descriptor of the upstream's socket: the function that moves on what has arrived, and where the thread
+        # that lent the stream waits for None or an error.
+        self._loans: dict[int, tuple[Callable[[], bool], SimpleQueue[Exception | None]]] = {}
 
     def carry(self, upstream: Wire, move: Callable[[], bool]) -> None:
         """Have move() called whenever the upstream can be read, until it returns False or raises; block until then."""
-        loan = self._loans[upstream.descriptor] = Loan(move)
+        _, returned = self._loans[upstream.descriptor] = move, SimpleQueue()
         try:
             self._poll.register(upstream.descriptor, select.EPOLLIN)
         except OSError:  # the system has no more watches to give, and the thread can do without
             del self._loans[upstream.descriptor]
             return
-        loan.returned.acquire()
-        if loan.failure:
-            raise loan.failure
+        if failure := returned.get():
+            raise failure
 
     def run(self) -> None:
         """Move what arrives, for ever."""
@@ -1314,19 +1298,19 @@ class Relay:
                     for descriptor, _ in found:
                         self._move(descriptor)
         finally:
-            for loan in self._loans.values():  # or their threads would sleep for ever, and log nothing
-                loan.returned.release()
+            for _, returned in self._loans.values():  # or their threads would sleep for ever, and log nothing
+                returned.put(None)
 
     def _move(self, descriptor: int) -> None:
-        loan = self._loans[descriptor]
+        (move, returned), failure = self._loans[descriptor], None
         try:
-            if loan.move():
+            if move():
                 return
-        except Exception as failure:  # the stream's own thread handles it
-            loan.failure = failure
+        except Exception as error:  # the stream's own thread handles it
+            failure = error
         self._poll.unregister(descriptor)
         del self._loans[descriptor]
-        loan.returned.release()
+        returned.put(failure)
 
 
 # --- Forwarding ---
@@ -1381,20 +1365,20 @@ class Pool:
             reason = getattr(error, "verify_message", None) or error.strerror or "no answer"
             where = f"the upstream at {self.upstream.authority}"
             raise UpstreamError(502, f"{where} cannot be reached ({reason}); start it there") from None
-        return Wire(sock, lambda: UpstreamError(502, "the connection to the upstream broke"))
+        return Wire(sock, lambda: UpstreamError(502, "the upstream broke off before the end of its answer"))
 
 
 class Exchange:
     """A request on its way to the upstream, and the answer on its way back."""
 
     _upstream: Wire  # from begin() on; the client's wire knows it until end()
-    _kept: bool  # whether the connection was used before, and has not proved good yet
-    _given_up: bool  # whether the upstream does not get the rest of the request
 
     def __init__(self, pool: Pool, relay: Relay | None, client: Client, request: Head, settings: Settings) -> None:
         self._pool, self._relay, self._client, self._request, self._settings = pool, relay, client, request, settings
         self.sent, self.received = Excerpt(), Excerpt()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
+        self._kept = False  # whether the connection was used before, and has not proved good yet
+        self._given_up = False  # whether the upstream does not get the rest of the request
         self._silent = UpstreamError(504, f"the upstream was silent for {settings.upstream_timeout:g} seconds")
 
     def begin(self, head: bytes) -> None:
@@ -1480,7 +1464,7 @@ class Exchange:
         """Send the opening over a kept connection or a new one."""
         client, self._kept, self._given_up = self._client, kept is not None, False
         if not kept:
-            with client.until(math.inf, self._client, ClientLeft()):  # connecting has a time-out of its own
+            with client.until(sys.maxsize, self._client, ClientLeft()):  # connecting has a time-out of its own
                 kept = self._pool.connect()
         self._upstream, kept.client = kept, client
         with client.lock:
@@ -1517,10 +1501,7 @@ class Exchange:
 
     def _receive(self, may_end: bool = False) -> bytes:
         """The upstream's next bytes; b"" at the end of its connection, where the answer may end so."""
-        data = self._upstream.receive(time.monotonic() + self._settings.upstream_timeout, self._silent)
-        if not (data or may_end):
-            raise UpstreamError(502, "the upstream closed the connection before the end of its answer")
-        return data
+        return self._upstream.receive(time.monotonic() + self._settings.upstream_timeout, self._silent, may_end)
 
     def _lend(self, relay: Relay) -> None:
         """Let the relay bring the answer, until that would need waiting for the client."""
@@ -1626,10 +1607,7 @@ class Handler(socketserver.BaseRequestHandler):
                 wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # RFC 9112, 2.2; at once, since there may be many
                 if wire.ahead not in (b"", b"\r"):
                     return True
-                data = wire.receive(deadline, Silence())
-                if not data:
-                    break
-                wire.ahead += data
+                wire.ahead += wire.receive(deadline, Silence())
         return False
 
     def _one_request(self) -> bool:
@@ -1659,10 +1637,7 @@ class Handler(socketserver.BaseRequestHandler):
         wire, deadline = self.wire, time.monotonic() + self.settings.header_timeout
         try:
             while not (found := split_head(wire.ahead)):
-                data = wire.receive(deadline, ClientError(408, "the request's head came too slowly"))
-                if not data:
-                    raise ClientLeft
-                wire.ahead += data
+                wire.ahead += wire.receive(deadline, ClientError(408, "the request's head came too slowly"))
         finally:
             self.record["method"], self.record["path"] = requested(wire.ahead)
         head, wire.ahead = found
@@ -1695,14 +1670,15 @@ class Handler(socketserver.BaseRequestHandler):
             exchange.begin(forwarded_head(request, self.settings.upstream, self.peer, without))
             expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
             if expects and not exchange.body.done:
-                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n", self.settings.write_timeout, ClientLeft())
             for _ in range(MAX_INTERIM):
                 exchange.upload()
                 answer = exchange.read_head()
                 if answer.status >= 200:
                     return self._bring(request, exchange, answer)
                 if answer.status > 100 and request.version == b"1.1":  # the gateway sends 100 itself
-                    self._send(answer_head(answer, self.settings.upstream))
+                    head = answer_head(answer, self.settings.upstream)
+                    self.wire.send(head, self.settings.write_timeout, ClientLeft())
             raise UpstreamError(502, "the upstream sends interim answers without end")
         finally:
             exchange.end()
@@ -1735,15 +1711,13 @@ class Handler(socketserver.BaseRequestHandler):
     def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> None:
         """Send an answer of the gateway's own, which ends the connection; cut one that is half sent already."""
         self.record["status"] = status
-        first = b"HTTP/1.1 %d %b" % (status, HTTPStatus(status).phrase.encode())
+        first = b"HTTP/1.1 %d %b" % (status, http.HTTPStatus(status).phrase.encode())
         if self.answering:
             self.wire.close(reset=True)
             return
         with contextlib.suppress(ClientLeft, Refusal):  # a Refusal, if the watchman's verdict came late
-            self._send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
-
-    def _send(self, data: bytes) -> None:
-        self.wire.send(data, self.settings.write_timeout, ClientLeft())
+            answer = b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body])
+            self.wire.send(answer, self.settings.write_timeout, ClientLeft())
 
 
 # --- Server ---
@@ -1766,15 +1740,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.close()  # it is for IPv4 only, and binding it would ask the name service for our name
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         self.socket = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
-        self.server_address = self.socket.getsockname()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; pause where descriptors are short, since the accept loop would spin."""
         try:
             return super().get_request()
         except OSError as error:
-            if error.errno in NO_ROOM:
-                time.sleep(0.1)
+            time.sleep(0.1 if error.errno in NO_ROOM else 0)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -1838,7 +1810,7 @@ class DemoUpstream(socketserver.StreamRequestHandler):
         body, content = BodyReader(request.framing), bytearray()
         while not body.done and (data := self.rfile.read1(READ_SIZE)):
             content += body.feed(data)[: DEMO_KEPT - len(content)]
-        asked = {"model": "demo", "stream": request.target.startswith(b"/api/"), **_json_object(bytes(content))}
+        asked = {"model": "demo", "stream": request.target.startswith(b"/api/"), **_object(_parsed(bytes(content)))}
         content_type, pieces = demo_answer(f"{request.method.decode()} {request.target.decode()}", asked)
         head = ["HTTP/1.1 " + ("200 OK" if pieces else "404 Not Found"), f"Server: gateway-demo/{__version__}",
                 f"Content-Type: {content_type}", "Transfer-Encoding: chunked", "Connection: close", "", ""]  # fmt: skip
@@ -1938,7 +1910,7 @@ def serve(settings: Settings) -> int:
     relays = [server.relay.run] if server.relay else []
     for run in (lambda: server.serve_forever(TICK), gateway.watchman.run, *relays):
         threading.Thread(target=run, daemon=True).start()
-    announce(settings, keys.value, server.server_address[1], line.split()[0] if fresh else "", wanted)
+    announce(settings, keys.value, server.socket.getsockname()[1], line.split()[0] if fresh else "", wanted)
     return keep_house(server)
 
 

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import os
+import queue
 import re
 import select
 import shutil
@@ -166,38 +167,45 @@ class FakeUpstream:
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = self.listener.getsockname()[1]
+        self.accepted = queue.SimpleQueue[Any]()  # the addresses
         self.readers: list[Reader] = []
-        self.reset()
+        self.received: list[Message] = []
+        self.raw: Callable[[socket.socket], Any] | None = None  # instead of reading requests
         threading.Thread(target=self.accept, daemon=True).start()
+        self.reset()
 
     def reset(self) -> None:
+        self.raw = None
+        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as mark:
+            while self.accepted.get(timeout=PATIENCE) != mark.getsockname():
+                pass  # what the test before left behind, and nobody had accepted yet
         for reader in self.readers:  # what a gateway kept open for the test before is not for this one
             with contextlib.suppress(OSError):
                 reader.sock.shutdown(socket.SHUT_RDWR)
         self.readers.clear()
         self.script: Script = ok(b"{}")
-        self.raw: Callable[[socket.socket], Any] | None = None  # instead of reading requests
-        self.received: list[Message] = []
-        self.connections = 0
+        self.received = []
+        self.connections = 0  # which carried a request; the gateway also connects when it starts, to see who answers
 
     def accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                sock, _ = self.listener.accept()
-                self.connections += 1
-                threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+                sock, address = self.listener.accept()
+                sock.settimeout(PATIENCE * 3)
+                self.readers.append(Reader(sock))
+                threading.Thread(target=self.serve, args=(sock, self.readers[-1], self.received), daemon=True).start()
+                self.accepted.put(address)
 
-    def serve(self, sock: socket.socket) -> None:
-        sock.settimeout(PATIENCE * 3)
-        reader = Reader(sock)
-        self.readers.append(reader)
-        received = self.received  # of this test, since what it broke off may be noticed after its end
+    def serve(self, sock: socket.socket, reader: Reader, received: list[Message]) -> None:
+        """`received` is of this test, since what it broke off may be noticed after its end."""
+        new = 1
         try:
             if self.raw:
                 self.raw(sock)
                 return
             while (message := reader.message()).head:
                 received.append(message)
+                self.connections, new = self.connections + new, 0
                 if not message.whole:
                     return
                 script = self.script  # once: the test may be about to set the next
@@ -437,6 +445,7 @@ def gate(_gate: RunningGateway, upstream: FakeUpstream) -> RunningGateway:
         eventually(lambda: len(_gate.lines()) >= _gate.asked, seconds=0.5)
     (_gate.folder / "gateway.log").write_bytes(b"")
     _gate.asked = 0
+    upstream.reset()  # again, since the last test's requests have ended only now
     return _gate
 
 
