@@ -1059,25 +1059,32 @@ class Silence(Exception):
     """No request came in time.  The connection may end without an answer, and it must when the gateway stops."""
 
 
+Failure = Callable[[], Exception]
+
+
 class Wire:
-    """A connected socket, TLS or plain.  Its methods raise what `failure` makes when the connection breaks."""
+    """A connected socket, TLS or plain, whose peer may do nothing for `patience` seconds.
+
+    `overdue` makes the exception for a peer that takes longer, and `broken` the one for a connection that breaks.
+    """
 
     client: Client  # whose connection it serves: a client's wire its own, an upstream's the one that uses it now
 
-    def __init__(self, sock: socket.socket, failure: Callable[[], Exception]) -> None:
-        self.sock, self.failure, self.descriptor = sock, failure, sock.fileno()
+    def __init__(self, sock: socket.socket, patience: float, overdue: Failure, broken: Failure) -> None:
+        self.sock, self.descriptor = sock, sock.fileno()
+        self.patience, self.overdue, self.broken = patience, overdue, broken
         self.lock = threading.RLock()  # reentrant, since a second signal may come while the first one ends connections
         self.ahead = b""  # received, but not used yet
         # A read takes at least one whole TLS record, so OpenSSL holds no plaintext that poll() cannot see.
         self._size, self._most = TLS_RECORD, TLS_RECORD if isinstance(sock, ssl.SSLSocket) else READ_SIZE
 
-    def receive(self, deadline: float, overdue: Exception, may_end: bool = False) -> bytes:
-        """The next bytes; b"" at the connection's end, if it may end here.  Raises `overdue` after the deadline."""
-        if time.monotonic() > deadline:  # a flood of bytes never blocks, and the watchman could miss it
+    def receive(self, deadline: float = 0, overdue: Failure | None = None, may_end: bool = False) -> bytes:
+        """The next bytes; b"" at the connection's end, if it may end here.  A deadline is for a whole phase."""
+        if deadline and time.monotonic() > deadline:  # a flood of bytes never blocks, and the watchman could miss it
             self.shut_down(socket.SHUT_RD)
-            raise overdue
+            raise (overdue or self.overdue)()
         self.sock.setblocking(True)
-        with self.client.until(deadline, self, overdue):
+        with self.client.until(self, deadline, overdue):
             data = self.sock.recv(self._size)
         if not data and (self.client.verdict or not may_end):
             raise self.client.reason(self)
@@ -1085,15 +1092,15 @@ class Wire:
         self._size = self._most if len(data) == self._size else TLS_RECORD
         return data
 
-    def send(self, data: bytes, seconds: float, overdue: Exception) -> None:
-        """Send all.  Raises `overdue` if the peer takes no TLS record of it (16 KiB) for that long."""
+    def send(self, data: bytes) -> None:
+        """Send all.  The peer is overdue if it takes no TLS record of it (16 KiB) for that long."""
         sent = 0
         if TURN:  # usually all of it can be sent at once, and then the thread keeps its turn
             self.sock.setblocking(False)
             sent = self.send_now(data)
         while sent < len(data):
             self.sock.setblocking(True)
-            with self.client.until(time.monotonic() + seconds, self, overdue):
+            with self.client.until(self):
                 sent += self.sock.send(memoryview(data)[sent:])
 
     def receive_now(self) -> bytes | None:
@@ -1144,21 +1151,21 @@ class Wire:
 class Client(Wire):
     """The wire to a client, and what the watchman needs to know of the connection.
 
-    `with client.until(deadline, wire, overdue):` surrounds a call that blocks on a wire, this one or the upstream's.
-    If the deadline passes, the watchman makes `overdue` its verdict and ends the call.  Sockets are shut down, closed
+    `with client.until(wire):` surrounds a call that blocks on a wire, this one or the upstream's.  If it takes too
+    long, the watchman makes overdue() its verdict and ends the call.  Sockets are shut down, closed
     and handed over under the lock, or the watchman could shut down a socket that belongs to another connection by then.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock, ClientLeft)
+    def __init__(self, sock: socket.socket, patience: float) -> None:
+        super().__init__(sock, patience, ClientLeft, ClientLeft)
         self.client = self  # until Handler.finish()
         self.upstream: Wire | None = None  # while a request is in flight
-        self.wait: tuple[float, Wire, Exception] | None = None  # one attribute, so that all of it changes at once
+        self.wait: tuple[float, Wire, Failure] | None = None  # one attribute, so that all of it changes at once
         self.verdict: Exception | None = None  # why the watchman intervened
 
-    def until(self, deadline: float, wire: Wire, overdue: Exception) -> Client:
-        """Note what the thread is about to block on, its deadline (monotonic), and the error if it passes."""
-        self.wait = deadline, wire, overdue
+    def until(self, wire: Wire, deadline: float = 0, overdue: Failure | None = None) -> Client:
+        """Note what the thread is about to block on; a deadline (monotonic) replaces the wire's patience."""
+        self.wait = deadline or time.monotonic() + wire.patience, wire, overdue or wire.overdue
         return self
 
     def __enter__(self) -> None:
@@ -1175,20 +1182,20 @@ class Client(Wire):
             raise self.reason(wait[1]) from error
 
     def reason(self, wire: Wire) -> Exception:
-        """Why a call on the wire failed: the watchman's verdict, which counts once, or else the wire's `failure`."""
+        """Why a call on the wire failed: the watchman's verdict, which counts once, or else that it broke."""
         with self.lock:
             verdict, self.verdict = self.verdict, None
-        return verdict or wire.failure()
+        return verdict or wire.broken()
 
     def look(self, now: float, left: set[Wire], stopping: bool) -> None:
         """For the watchman, which holds the lock: intervene if the deadline has passed or the client has left."""
-        deadline, wire, overdue = self.wait or (sys.maxsize, self, ClientLeft())
-        if deadline < now or (stopping and isinstance(overdue, Silence)):
+        deadline, wire, overdue = self.wait or (sys.maxsize, self, ClientLeft)
+        if deadline < now or (stopping and overdue is Silence):
             # At first only reading ends, since a client that is too slow shall still get its 408.  That ends neither a
             # write nor a read during which records without data keep coming (TLS KeyUpdate), so if the call is still
             # blocked at the next look, both directions end.
             how = socket.SHUT_RDWR if self.verdict else socket.SHUT_RD
-            self.verdict = self.verdict or overdue  # before the thread wakes and asks for it
+            self.verdict = self.verdict or overdue()  # before the thread wakes and asks for it
             wire.shut_down(how)
         elif self.upstream and self in left and not self.verdict:
             self.end()
@@ -1208,7 +1215,7 @@ class Client(Wire):
         self.shut_down(socket.SHUT_WR)
         with contextlib.suppress(OSError, ClientLeft, Silence, Refusal):
             self.sock.setblocking(True)
-            with self.until(time.monotonic() + LINGER, self, Silence()):
+            with self.until(self, time.monotonic() + LINGER, Silence):
                 while socket.socket.recv(self.sock, READ_SIZE):  # below TLS, since it is only discarded
                     pass
 
@@ -1220,7 +1227,7 @@ class Watchman:
         self.stopping = False  # from then on, nobody waits for another request
         self.clients: set[Client] = set()  # all there are; used under the lock
         self.lock = threading.RLock()  # reentrant for the same reason as a wire's
-        self._reported = float(-sys.maxsize)  # when it was last worth telling what clients can cause at will
+        self._minute = 0.0  # in which something was told last that clients can cause at will
 
     def run(self) -> None:
         """Look at all connections, again and again.  Nothing in here blocks."""
@@ -1236,9 +1243,8 @@ class Watchman:
     def may_report(self) -> bool:
         """Whether to report what clients can cause at will: at most once a minute."""
         with self.lock:
-            due = time.monotonic() > self._reported + 60
-            self._reported = time.monotonic() if due else self._reported
-            return due
+            before, self._minute = self._minute, time.monotonic() // 60 + 1
+            return self._minute != before
 
     def end_all(self) -> None:
         """Break off all connections, so that what is in flight is logged."""
@@ -1325,9 +1331,9 @@ class UpstreamError(Refusal):
 class Pool:
     """Connections to the upstream, kept for a few seconds between two requests."""
 
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
-        self._tls = ssl.create_default_context() if upstream.tls else None
+    def __init__(self, settings: Settings) -> None:
+        self.upstream, self.patience = settings.upstream, settings.upstream_timeout
+        self._tls = ssl.create_default_context() if self.upstream.tls else None
         if self._tls:
             self._tls.options &= ~0x80  # OP_IGNORE_UNEXPECTED_EOF: Python 3.9 sets it, and has no name for it
         self._lock = threading.Lock()
@@ -1365,7 +1371,9 @@ class Pool:
             reason = getattr(error, "verify_message", None) or error.strerror or "no answer"
             where = f"the upstream at {self.upstream.authority}"
             raise UpstreamError(502, f"{where} cannot be reached ({reason}); start it there") from None
-        return Wire(sock, lambda: UpstreamError(502, "the upstream broke off before the end of its answer"))
+        silent = functools.partial(UpstreamError, 504, f"the upstream was silent for {self.patience:g} seconds")
+        broken = functools.partial(UpstreamError, 502, "the upstream broke off before the end of its answer")
+        return Wire(sock, self.patience, silent, broken)
 
 
 class Exchange:
@@ -1373,13 +1381,13 @@ class Exchange:
 
     _upstream: Wire  # from begin() on; the client's wire knows it until end()
 
-    def __init__(self, pool: Pool, relay: Relay | None, client: Client, request: Head, settings: Settings) -> None:
-        self._pool, self._relay, self._client, self._request, self._settings = pool, relay, client, request, settings
+    def __init__(self, pool: Pool, relay: Relay | None, client: Client, request: Head, seconds: float) -> None:
+        self._pool, self._relay, self._client, self._request = pool, relay, client, request
+        self._seconds = seconds  # for every 4 KiB of the request's body
         self.sent, self.received = Excerpt(), Excerpt()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
         self._kept = False  # whether the connection was used before, and has not proved good yet
         self._given_up = False  # whether the upstream does not get the rest of the request
-        self._silent = UpstreamError(504, f"the upstream was silent for {settings.upstream_timeout:g} seconds")
 
     def begin(self, head: bytes) -> None:
         """Send the head, and what of the body came with it.  UpstreamError 502."""
@@ -1391,12 +1399,13 @@ class Exchange:
 
         Raises ClientError 408, ClientLeft, UpstreamError 504.
         """
-        client, upstream, seconds = self._client, self._upstream, self._settings.body_timeout
-        slow, deadline, progress = ClientError(408, "the request's body came too slowly"), time.monotonic() + seconds, 0
+        client, upstream, seconds = self._client, self._upstream, self._seconds
+        slow = functools.partial(ClientError, 408, "the request's body came too slowly")
+        deadline, progress = time.monotonic() + seconds, 0
         for wire in (client, upstream) if not self.body.done else ():
             wire.sock.setblocking(False)
         while not (self.body.done or self._given_up or upstream.ahead):
-            with client.until(deadline, client, slow):
+            with client.until(client, deadline, slow):
                 data = client.receive_now()
                 if data is None:
                     ready([(client, READ), (upstream, READ)], seconds=None)
@@ -1416,7 +1425,7 @@ class Exchange:
         """Wait for the next head; it may be an interim one (1xx).  Raises UpstreamError, ClientLeft."""
         try:
             while not (found := _upstreams(split_head, self._upstream.ahead)):
-                self._upstream.ahead += self._receive()
+                self._upstream.ahead += self._upstream.receive()
         except UpstreamError as error:
             harmless = self._request.method in IDEMPOTENT and not self._request.framing
             if not (self._kept and harmless and error.status == 502) or self._upstream.ahead:
@@ -1438,17 +1447,17 @@ class Exchange:
         data, self._upstream.ahead = self._upstream.ahead, b""
         self._unsent = head + _upstreams(self._answer.pass_on, data)
         while not self._answer.done:
-            self._client.send(self._unsent, self._settings.write_timeout, ClientLeft())
+            self._client.send(self._unsent)
             self._unsent = b""
             if self._relay and chunked:
                 self._lend(self._relay)
             if not self._unsent:
-                data = self._receive(may_end=answer.framing == UNTIL_CLOSE)
+                data = self._upstream.receive(may_end=answer.framing == UNTIL_CLOSE)
                 self._answer.done = not data
                 self._unsent = _upstreams(self._answer.pass_on, data)
         # Before the client has the end of the answer, since its next request may follow at once and need a connection.
         self.end(reusable=keeps_alive(answer) and answer.framing != UNTIL_CLOSE and not self._answer.rest)
-        self._client.send(self._unsent, self._settings.write_timeout, ClientLeft())
+        self._client.send(self._unsent)
 
     def end(self, reusable: bool = False) -> None:
         """Keep the upstream's connection for another request, or close it, which stops the model.  May be repeated."""
@@ -1464,13 +1473,13 @@ class Exchange:
         """Send the opening over a kept connection or a new one."""
         client, self._kept, self._given_up = self._client, kept is not None, False
         if not kept:
-            with client.until(sys.maxsize, self._client, ClientLeft()):  # connecting has a time-out of its own
+            with client.until(client, sys.maxsize):  # connecting has a time-out of its own
                 kept = self._pool.connect()
         self._upstream, kept.client = kept, client
         with client.lock:
             client.upstream = kept
         try:
-            kept.send(self._opening, self._settings.upstream_timeout, self._silent)
+            kept.send(self._opening)
         except UpstreamError:
             self._given_up = True  # but an upstream that reads no more may have answered
 
@@ -1484,8 +1493,7 @@ class Exchange:
         """Send a part of the body.  A blocking write would not notice an upstream that answers instead of reading."""
         try:
             while data := data[self._upstream.send_now(data) :]:
-                deadline = time.monotonic() + self._settings.upstream_timeout
-                with self._client.until(deadline, self._upstream, self._silent):
+                with self._client.until(self._upstream):
                     ready([(self._upstream, READ | WRITE)], seconds=None)
                 if self._hear() is not None:
                     self._given_up = True
@@ -1499,15 +1507,11 @@ class Exchange:
         self._upstream.ahead += data or b""
         return data
 
-    def _receive(self, may_end: bool = False) -> bytes:
-        """The upstream's next bytes; b"" at the end of its connection, where the answer may end so."""
-        return self._upstream.receive(time.monotonic() + self._settings.upstream_timeout, self._silent, may_end)
-
     def _lend(self, relay: Relay) -> None:
         """Let the relay bring the answer, until that would need waiting for the client."""
         for wire in (self._upstream, self._client):
             wire.sock.setblocking(False)
-        with self._renewed():
+        with self._client.until(self._upstream):
             _upstreams(relay.carry, self._upstream, self._move)
 
     def _move(self) -> bool:
@@ -1517,12 +1521,8 @@ class Exchange:
             self._unsent = self._answer.pass_on(data)
             if not self._answer.done:  # the end is sent by bring()
                 self._unsent = self._unsent[self._client.send_now(self._unsent) :]
-            self._renewed()
+            self._client.until(self._upstream)  # anew
         return data != b"" and not self._unsent
-
-    def _renewed(self) -> Client:
-        """The client, with a fresh deadline for the upstream's next bytes."""
-        return self._client.until(time.monotonic() + self._settings.upstream_timeout, self._upstream, self._silent)
 
 
 def _upstreams(rule: Callable[..., T], *arguments: Any) -> T:
@@ -1552,7 +1552,8 @@ class Handler(socketserver.BaseRequestHandler):
     """One client's connection: a request after the other, and a line in the log for each."""
 
     def __init__(self, gateway: Gateway, relay: Relay | None, request: Any, client_address: Any, server: Any) -> None:
-        self.gateway, self.settings, self.relay, self.wire = gateway, gateway.settings, relay, Client(request)
+        self.gateway, self.settings, self.relay = gateway, gateway.settings, relay
+        self.wire = Client(request, self.settings.write_timeout)
         self.peer = client_address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
         self.unread = False  # whether the client may still be sending a request that has been answered
         super().__init__(request, client_address, server)  # which calls handle()
@@ -1578,7 +1579,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _shake_hands(self) -> bool:
         """Set up TLS; False if that fails.  Clients that only connect, as health checks do, are not reported."""
         try:
-            with self.wire.until(time.monotonic() + self.settings.handshake_timeout, self.wire, Silence()):
+            with self.wire.until(self.wire, time.monotonic() + self.settings.handshake_timeout, Silence):
                 self.request.do_handshake()
             return True
         except (ClientLeft, Silence) as failure:
@@ -1607,7 +1608,7 @@ class Handler(socketserver.BaseRequestHandler):
                 wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # RFC 9112, 2.2; at once, since there may be many
                 if wire.ahead not in (b"", b"\r"):
                     return True
-                wire.ahead += wire.receive(deadline, Silence())
+                wire.ahead += wire.receive(deadline, Silence)
         return False
 
     def _one_request(self) -> bool:
@@ -1635,9 +1636,10 @@ class Handler(socketserver.BaseRequestHandler):
     def _read_request(self) -> Head:
         """Read a request's head.  Raises ClientError, ClientLeft."""
         wire, deadline = self.wire, time.monotonic() + self.settings.header_timeout
+        slow = functools.partial(ClientError, 408, "the request's head came too slowly")
         try:
             while not (found := split_head(wire.ahead)):
-                wire.ahead += wire.receive(deadline, ClientError(408, "the request's head came too slowly"))
+                wire.ahead += wire.receive(deadline, slow)
         finally:
             self.record["method"], self.record["path"] = requested(wire.ahead)
         head, wire.ahead = found
@@ -1665,20 +1667,19 @@ class Handler(socketserver.BaseRequestHandler):
     def _forward(self, request: Head) -> bool:
         """Send the request on and bring the answer; True if the connection can carry another request."""
         without = b"origin" if self.cors else b""  # Ollama refuses origins that it does not know
-        exchange = Exchange(self.gateway.pool, self.relay, self.wire, request, self.settings)
+        exchange = Exchange(self.gateway.pool, self.relay, self.wire, request, self.settings.body_timeout)
         try:
             exchange.begin(forwarded_head(request, self.settings.upstream, self.peer, without))
             expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
             if expects and not exchange.body.done:
-                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n", self.settings.write_timeout, ClientLeft())
+                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             for _ in range(MAX_INTERIM):
                 exchange.upload()
                 answer = exchange.read_head()
                 if answer.status >= 200:
                     return self._bring(request, exchange, answer)
                 if answer.status > 100 and request.version == b"1.1":  # the gateway sends 100 itself
-                    head = answer_head(answer, self.settings.upstream)
-                    self.wire.send(head, self.settings.write_timeout, ClientLeft())
+                    self.wire.send(answer_head(answer, self.settings.upstream))
             raise UpstreamError(502, "the upstream sends interim answers without end")
         finally:
             exchange.end()
@@ -1716,8 +1717,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.wire.close(reset=True)
             return
         with contextlib.suppress(ClientLeft, Refusal):  # a Refusal, if the watchman's verdict came late
-            answer = b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body])
-            self.wire.send(answer, self.settings.write_timeout, ClientLeft())
+            self.wire.send(b"\r\n".join([first, *lines, *self.cors, b"Connection: close", b"", body]))
 
 
 # --- Server ---
@@ -1812,13 +1812,11 @@ class DemoUpstream(socketserver.StreamRequestHandler):
             content += body.feed(data)[: DEMO_KEPT - len(content)]
         asked = {"model": "demo", "stream": request.target.startswith(b"/api/"), **_object(_parsed(bytes(content)))}
         content_type, pieces = demo_answer(f"{request.method.decode()} {request.target.decode()}", asked)
-        head = ["HTTP/1.1 " + ("200 OK" if pieces else "404 Not Found"), f"Server: gateway-demo/{__version__}",
-                f"Content-Type: {content_type}", "Transfer-Encoding: chunked", "Connection: close", "", ""]  # fmt: skip
-        self.wfile.write("\r\n".join(head).encode())
+        first = f"HTTP/1.1 {'200 OK' if pieces else '404 Not Found'}\r\nServer: gateway-demo/{__version__}"
+        self.wfile.write(f"{first}\r\nContent-Type: {content_type}\r\nConnection: close\r\n\r\n".encode())
         for piece in pieces or [demo_line({"error": "this is not in the demo"})]:
-            self.wfile.write(chunk(piece))
+            self.wfile.write(piece)
             time.sleep(DEMO_PACE)
-        self.wfile.write(last_chunk(Fields()))
 
 
 def demo_answer(request: str, asked: dict[str, Any]) -> tuple[str, Iterable[bytes] | None]:
@@ -1902,7 +1900,7 @@ def serve(settings: Settings) -> int:
     if not keys.value:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
-    gateway = Gateway(settings, keys, open_log(settings.log), Pool(upstream), Watchman(), say)
+    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings), Watchman(), say)
     with explained(f"cannot listen on {host_and_port(*settings.listen)}", "choose another place with --listen", Unable):
         server = Server(gateway, context)
     stop_on_signals(server)
@@ -1985,7 +1983,7 @@ def announce(settings: Settings, keys: Keys, port: int, fresh_key: str, wanted: 
     example = """chat -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'""" if settings.demo else "tags"
     state = "the built-in demo, not a model" if settings.demo else "it answers"
     try:
-        Pool(upstream).connect().close(reset=True)
+        Pool(settings).connect().close(reset=True)
     except UpstreamError as error:
         state = f"NO ANSWER: {error}, or try --demo"
     fingerprint, until, missing = describe_certificate(cert, settings.name)
