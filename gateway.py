@@ -59,7 +59,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated, Any, Callable, Final, Generic, NamedTuple, NoReturn, Optional, TypeVar, get_type_hints
+from typing import Annotated, Any, Callable, Final, Generic, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 __version__ = "1.0.0"
 
@@ -146,11 +146,6 @@ def origin_pattern(scheme: str, host: str, port: str | None) -> re.Pattern[str]:
     end = {"*": "(:[0-9]+)?", None: "", default_port: ""}.get(number, f":{number}")
     host = re.escape(host).replace(r"\*\.", r"([0-9a-z_-]+\.)+").replace(r"\*", "[0-9a-z._-]*")
     return re.compile(f"{re.escape(scheme)}://{host}{end}", re.IGNORECASE | re.ASCII)
-
-
-def origin_allowed(origin: str, allowed: Iterable[re.Pattern[str]]) -> bool:
-    """Whether the web pages of this origin, which is the value of an Origin header, may use the gateway."""
-    return any(pattern.fullmatch(origin) for pattern in allowed)
 
 
 HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*"  # names of Docker's services may contain _
@@ -336,8 +331,6 @@ def tls_context(cert: str, cert_key: str) -> ssl.SSLContext:
     # By default OpenSSL 3.0 also agrees on finite-field groups.  A few ffdhe8192 handshakes a second, which anybody may
     # ask for, keep a core busy (CVE-2002-20001).  Every client must support P-256 (RFC 8446, 9.1).
     context.set_ecdh_curve("prime256v1")
-    if sys.version_info >= (3, 15):
-        context.set_groups("X25519:P-256:P-384")  # replaces the above
     context.set_alpn_protocols(["http/1.1"])
     context.num_tickets = 1  # one is enough to resume a session, and a second one costs 15 % of a handshake
     remedy = "put an unencrypted PEM pair there that belongs together, or move both away to have a new one made"
@@ -421,8 +414,8 @@ subjectAltName = {alternatives}\nsubjectKeyIdentifier = hash\nauthorityKeyIdenti
     remedy = "install the Python package cryptography or the openssl command, or put a cert.pem and key.pem here"
     with explained("no certificate can be made here", remedy), tempfile.TemporaryDirectory() as folder:
         Path(folder, "conf").write_text(configuration)
-        if subprocess.run(command.split(), cwd=folder, capture_output=True, check=False).returncode:  # noqa: S603 - ours
-            raise ValueError
+        # If it fails, there are no files to be read.
+        subprocess.run(command.split(), cwd=folder, capture_output=True, check=False)  # noqa: S603 - the line above
         return Path(folder, "cert").read_bytes(), Path(folder, "key").read_bytes()
 
 
@@ -554,6 +547,7 @@ def parse_answer(head: bytes, method: bytes) -> Head:
     """Parse the head of an answer to a request with that method.  Raises ClientError 400, 431 or 501."""
     first, _, lines = head.partition(b"\r\n")
     version, code, reason = require(_STATUS_LINE.fullmatch(first), 400, "the status line is malformed").groups()
+    require(code != b"101", 400, "it changes the protocol, which nobody asked for")
     fields, status = parse_fields(lines), int(code)
     return Head(version, fields, body_framing(fields, version, status, method), b"", b"", status, reason or b"")
 
@@ -639,10 +633,8 @@ def forwarded_head(request: Head, upstream: Upstream, peer: str, without: bytes 
     fields, before = request.fields, request.fields.get(b"x-forwarded-for")
     first = b"%b %b%b HTTP/1.1" % (request.method, upstream.prefix.encode(), request.target)
     added = [b"X-Forwarded-For: " + (before + b", " if before else b"") + peer.encode(), b"X-Forwarded-Proto: https"]
-    if b"host" in fields:  # HTTP/1.0 does not require it
-        added.append(b"X-Forwarded-Host: " + fields[b"host"])
-    if request.framing == CHUNKED:
-        added.append(b"Transfer-Encoding: chunked")
+    added += [b"X-Forwarded-Host: " + fields[b"host"]] if b"host" in fields else []  # HTTP/1.0 does not require it
+    added += [b"Transfer-Encoding: chunked"] if request.framing == CHUNKED else []
     return _head(first + b"\r\nHost: " + upstream.authority.encode(), fields, NOT_FORWARDED, without, added)
 
 
@@ -655,11 +647,8 @@ def answer_head(answer: Head, upstream: Upstream, added: Iterable[bytes] = (), w
 
 
 def _head(first: bytes, fields: Fields, dropped: set[bytes], without: bytes, added: Iterable[bytes]) -> bytes:
-    """A head to send: this first line, the field lines that may travel on, and the lines that the gateway adds.
-
-    Removed are the fields in `dropped`, the one named `without`, and those that Connection names (RFC 9110, 7.6.1).
-    Connection cannot remove Content-Length: the upstream would take the body for another request.
-    """
+    """A head to send: without the fields in `dropped`, the one named `without`, and those that Connection names."""
+    # RFC 9110, 7.6.1.  Without Content-Length, the upstream would take the body for another request, so that one stays.
     named = list_members(fields, b"connection") - {b"content-length"} if b"connection" in fields else ()
     kept = [line for name, line in fields.lines if not (name in dropped or name in named or name == without)]
     return b"\r\n".join([first, *kept, *added, b"", b""])
@@ -790,7 +779,6 @@ _LEGIBLE = re.compile(rb"[\[{]|(?:data|event|id|retry)?:")  # how JSON and serve
 _BETWEEN = re.compile(rb"\n(?:data:|(?<=}\n)(?={))")
 # A bracket, with a name or the colon before it, or a string; and the numbers behind it, to be fast with vectors.
 _MARK = re.compile(rb'("(?:usage|timings|response|message)" ?: ?{|"[^"]*"|:\s*[{[]|\[|{|]|})[-+0-9.,eE\s]*')
-_NESTING = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _MODEL_PART = rb'(?i)\r\n(?:.+\r\n){,4}?content-disposition: *form-data; *name="?model"?\r\n(?:.+\r\n){,4}\r\n(.*)'
 _TAKE_A_NAME = (b"/api/delete", b"/api/pull", b"/api/push", b"/api/show", b"/api/create")
 _LAST_EVENTS = ("message_stop", "response.completed", "response.incomplete", "response.failed")
@@ -801,25 +789,20 @@ _RESPONSE = ("completion_tokens", "output_tokens", "eval_count", "tokens_predict
 _OUTSIDE = {"prompt_eval_count", "eval_count", "tokens_evaluated", "tokens_predicted"}  # of Ollama and llama.cpp
 _INSIDE = {*_RESPONSE, *sum(_PROMPT, ())} - _OUTSIDE  # which stand in an object, usage or timings
 
-Counts = tuple[Optional[int], Optional[int]]
 
-
-class Excerpt:
+class Excerpt(bytearray):
     """What is kept of a body: all of a short one; of a long one, what may name a model or say counts."""
-
-    def __init__(self) -> None:
-        self.tail = bytearray()
 
     def add(self, content: bytes) -> None:
         """Take note of the next bytes; a NUL stands for a body that was given up."""
-        if self.tail != b"\0":
-            self.tail += content
-        if len(self.tail) > BODY_KEPT:
+        if self != b"\0":
+            self.extend(content)
+        if len(self) > BODY_KEPT:
             kept = bytes.join(*_split(self))
-            self.tail[:] = kept if len(kept) <= BODY_KEPT // 2 else b"\0"
+            self[:] = kept if len(kept) <= BODY_KEPT // 2 else b"\0"
 
 
-def token_counts(answer: Excerpt) -> Counts:
+def token_counts(answer: Excerpt) -> tuple[int | None, int | None]:
     """(prompt tokens, response tokens), each None where the answer does not say."""
     _, documents = _split(answer)
     for prompt, response in map(_counts, map(_parsed, reversed(documents))):
@@ -856,7 +839,7 @@ def _split(excerpt: Excerpt) -> tuple[bytes, list[bytes]]:
 
     The first may be what stands before an event's data; the last may be unfinished.
     """
-    body = bytes(excerpt.tail).lstrip()
+    body = bytes(excerpt).lstrip()
     if body.startswith(b"--"):  # multipart/form-data; a long part ends in what may be the beginning of a separator
         separator = b"\r\n" + body.partition(b"\r\n")[0]
         parts = (b"\r\n" + body).split(separator)
@@ -878,7 +861,7 @@ def _pruned(document: bytes) -> bytes:
     for token in _MARK.finditer(masked, 0, end):
         text = token[1]
         if hidden:
-            hidden += _NESTING.get(text[-1], 0)
+            hidden += (text[-1:] in b"[{") - (text[-1:] in b"]}")
             at = token.start()
         elif len(text) > LONG or (text[:1] in b":[" and token.start()):
             hidden = int(text[:1] != b'"')
@@ -909,7 +892,7 @@ def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _counts(value: Any) -> Counts:
+def _counts(value: Any) -> tuple[int | None, int | None]:
     """What a document counts; llama.cpp answers several prompts with an array of documents, which are added up."""
     told: dict[str, int] = {}
     for document in map(_object, value if isinstance(value, list) else [value]):
@@ -942,10 +925,10 @@ class LogFile:
         self.whole = True  # what log_news() told the operator last
 
 
-def new_record(client: str) -> dict[str, Any]:
+def new_record(client: str, status: int = 500) -> dict[str, Any]:
     """What the audit log says about a request, except the times, in the order of the line."""
     tokens = {"prompt_tokens": None, "response_tokens": None}
-    return {"key": None, "path": None, **tokens, "status": 500, "method": None, "model": None, "client": client}
+    return {"key": None, "path": None, **tokens, "status": status, "method": None, "model": None, "client": client}
 
 
 def audit_line(began: datetime, record: dict[str, Any], seconds: float) -> bytes:
@@ -1066,6 +1049,7 @@ class Wire:
     """A connected socket, TLS or plain, whose peer may do nothing for `patience` seconds.
 
     `overdue` makes the exception for a peer that takes longer, and `broken` the one for a connection that breaks.
+    The methods named ..._now need the socket in non-blocking mode.
     """
 
     client: Client  # whose connection it serves: a client's wire its own, an upstream's the one that uses it now
@@ -1104,14 +1088,11 @@ class Wire:
                 sent += self.sock.send(memoryview(data)[sent:])
 
     def receive_now(self) -> bytes | None:
-        """What has arrived: bytes, b"" at the end, None if nothing.  The socket must be in non-blocking mode."""
+        """What has arrived: bytes, b"" at the end, None if nothing."""
         return self._now(self.sock.recv, TLS_RECORD)
 
     def send_now(self, data: bytes) -> int:
-        """Send what can be sent at once; returns how many bytes.  The socket must be in non-blocking mode.
-
-        The rest has to be sent next, before anything else, since OpenSSL may hold a part of it already.
-        """
+        """Send what can be sent at once, and return how many bytes; the rest, which OpenSSL may hold, must be next."""
         sent = 0
         while sent < len(data) and (more := self._now(self.sock.send, memoryview(data)[sent:] if sent else data)):
             sent += more  # over TLS, a call sends one record
@@ -1372,22 +1353,24 @@ class Pool:
             where = f"the upstream at {self.upstream.authority}"
             raise UpstreamError(502, f"{where} cannot be reached ({reason}); start it there") from None
         silent = functools.partial(UpstreamError, 504, f"the upstream was silent for {self.patience:g} seconds")
-        broken = functools.partial(UpstreamError, 502, "the upstream broke off before the end of its answer")
-        return Wire(sock, self.patience, silent, broken)
+        return Wire(sock, self.patience, silent, lambda: UpstreamError(502, "the upstream broke off its answer"))
 
 
 class Exchange:
-    """A request on its way to the upstream, and the answer on its way back."""
+    """A request on its way to the upstream, and the answer on its way back.
 
-    _upstream: Wire  # from begin() on; the client's wire knows it until end()
+    `seconds` is how long a client may take for every 4 KiB of the request's body.
+    """
+
+    _upstream: Wire
+    # Whether the connection was used before, and has not proved good yet; and whether the upstream does not get the
+    # rest of the request.
+    _kept = _given_up = False
 
     def __init__(self, pool: Pool, relay: Relay | None, client: Client, request: Head, seconds: float) -> None:
-        self._pool, self._relay, self._client, self._request = pool, relay, client, request
-        self._seconds = seconds  # for every 4 KiB of the request's body
+        self._pool, self._relay, self._client, self._request, self._seconds = pool, relay, client, request, seconds
         self.sent, self.received = Excerpt(), Excerpt()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
-        self._kept = False  # whether the connection was used before, and has not proved good yet
-        self._given_up = False  # whether the upstream does not get the rest of the request
 
     def begin(self, head: bytes) -> None:
         """Send the head, and what of the body came with it.  UpstreamError 502."""
@@ -1400,12 +1383,11 @@ class Exchange:
         Raises ClientError 408, ClientLeft, UpstreamError 504.
         """
         client, upstream, seconds = self._client, self._upstream, self._seconds
-        slow = functools.partial(ClientError, 408, "the request's body came too slowly")
         deadline, progress = time.monotonic() + seconds, 0
         for wire in (client, upstream) if not self.body.done else ():
             wire.sock.setblocking(False)
         while not (self.body.done or self._given_up or upstream.ahead):
-            with client.until(client, deadline, slow):
+            with client.until(client, deadline, lambda: ClientError(408, "the request's body came too slowly")):
                 data = client.receive_now()
                 if data is None:
                     ready([(client, READ), (upstream, READ)], seconds=None)
@@ -1436,10 +1418,7 @@ class Exchange:
             return self.read_head()
         self._kept = False
         head, self._upstream.ahead = found
-        answer = _upstreams(parse_answer, head, self._request.method)
-        if answer.status == 101:
-            raise UpstreamError(502, "the upstream changed the protocol without being asked")
-        return answer
+        return _upstreams(parse_answer, head, self._request.method)
 
     def bring(self, answer: Head, head: bytes, chunked: bool) -> None:
         """Bring the answer to the client: this head, then the content, piece by piece.  Raises as read_head() does."""
@@ -1461,10 +1440,9 @@ class Exchange:
 
     def end(self, reusable: bool = False) -> None:
         """Keep the upstream's connection for another request, or close it, which stops the model.  May be repeated."""
-        client = self._client
-        with client.lock:
-            upstream, client.upstream = client.upstream, None
-        if upstream and reusable and self.body.done and not (self._given_up or client.verdict):
+        with self._client.lock:
+            upstream, self._client.upstream = self._client.upstream, None
+        if upstream and reusable and self.body.done and not (self._given_up or self._client.verdict):
             self._pool.give_back(upstream)
         elif upstream:
             upstream.close(reset=True)
@@ -1553,9 +1531,9 @@ class Handler(socketserver.BaseRequestHandler):
 
     def __init__(self, gateway: Gateway, relay: Relay | None, request: Any, client_address: Any, server: Any) -> None:
         self.gateway, self.settings, self.relay = gateway, gateway.settings, relay
-        self.wire = Client(request, self.settings.write_timeout)
+        # unread: whether the client may still be sending a request that has been answered
+        self.wire, self.unread = Client(request, self.settings.write_timeout), False
         self.peer = client_address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
-        self.unread = False  # whether the client may still be sending a request that has been answered
         super().__init__(request, client_address, server)  # which calls handle()
 
     def handle(self) -> None:
@@ -1594,8 +1572,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _answer_plain_http(self) -> None:
         """Answer a client that sent plain HTTP.  OpenSSL has consumed its request, so the log cannot show it."""
-        record = {**new_record(self.peer), "status": 400}
-        append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), record, 0))
+        append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), new_record(self.peer, 400), 0))
         answer = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nThis port speaks https.\n"
         with contextlib.suppress(OSError):
             self.unread = bool(socket.socket.send(self.request, answer))  # below TLS
@@ -1615,8 +1592,7 @@ class Handler(socketserver.BaseRequestHandler):
         """The life of a request; True if the connection can carry another."""
         self.began, began = datetime.now(timezone.utc), time.monotonic()
         self.record = new_record(self.peer)
-        self.unread = True
-        self.answering = False  # whether a head went out, after which there can be no other
+        self.unread, self.answering = True, False  # answering: a head went out, after which there can be no other
         self.cors: list[bytes] = []
         try:
             request = self._read_request()
@@ -1636,10 +1612,9 @@ class Handler(socketserver.BaseRequestHandler):
     def _read_request(self) -> Head:
         """Read a request's head.  Raises ClientError, ClientLeft."""
         wire, deadline = self.wire, time.monotonic() + self.settings.header_timeout
-        slow = functools.partial(ClientError, 408, "the request's head came too slowly")
         try:
             while not (found := split_head(wire.ahead)):
-                wire.ahead += wire.receive(deadline, slow)
+                wire.ahead += wire.receive(deadline, lambda: ClientError(408, "the request's head came too slowly"))
         finally:
             self.record["method"], self.record["path"] = requested(wire.ahead)
         head, wire.ahead = found
@@ -1651,7 +1626,7 @@ class Handler(socketserver.BaseRequestHandler):
         Raises ClientError 403 or 503.
         """
         origin = request.fields.get(b"origin", b"")
-        if origin_allowed(origin.decode("latin-1"), self.settings.cors_origin):
+        if any(pattern.fullmatch(origin.decode("latin-1")) for pattern in self.settings.cors_origin):
             self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
             if request.method == b"OPTIONS" and b"access-control-request-method" in request.fields:
                 self._answer(204, preflight_lines(request))
@@ -1728,11 +1703,9 @@ class Handler(socketserver.BaseRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     """Accepts, encrypts, counts and drains connections."""
 
-    block_on_close = False  # server_close() would wait for ever; drain() does not
-
     def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], with_relay: bool = True) -> None:
         self.gateway, self.context = gateway, context
-        self.slots = threading.BoundedSemaphore(gateway.settings.max_connections)
+        self.slots = threading.Semaphore(gateway.settings.max_connections)
         self.relay = Relay() if with_relay and TURN and hasattr(select, "epoll") else None
         host, port = gateway.settings.listen
         both = host in ("", "::") and socket.has_dualstack_ipv6()
@@ -1751,10 +1724,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give the connection a thread, once there is a place for it."""
-        while not self.slots.acquire(timeout=TICK):
-            if self.gateway.watchman.stopping:
-                self.close_request(request)
-                return
+        while not (self.slots.acquire(timeout=TICK) or self.gateway.watchman.stopping):
+            pass  # once the gateway is stopping, the connection gets a thread that will only close it
         try:
             # threading.Thread.start() would wait until the thread runs, for a tenth of a new connection's CPU.
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
@@ -1776,8 +1747,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report a bug in one line, but no errors that a client causes on its connection."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, (OSError, type(None))):
+        if not isinstance(error := sys.exc_info()[1], (OSError, type(None))):
             self.gateway.report(fault(error))
 
     def drain(self, grace: float) -> None:
@@ -1829,8 +1799,8 @@ def demo_answer(request: str, asked: dict[str, Any]) -> tuple[str, Iterable[byte
         return "application/x-ndjson", demo_ollama(asked, words, said, chat=request == "POST /api/chat")
     model = {"name": DEMO_MODEL, "model": DEMO_MODEL, "size": 0, "digest": "", "details": {}}
     openai_model = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "demo"}
-    known: dict[str, dict[str, Any]] = {"GET /api/version": {"version": f"{__version__}-demo"}}
-    known |= {"GET /api/tags": {"models": [model]}, "GET /v1/models": {"object": "list", "data": [openai_model]}}
+    known = {"GET /api/version": {"version": f"{__version__}-demo"}, "GET /api/tags": {"models": [model]},
+             "GET /v1/models": {"object": "list", "data": [openai_model]}}  # fmt: skip
     return "application/json", [demo_line(known[request])] if request in known else None
 
 
@@ -1904,6 +1874,7 @@ def serve(settings: Settings) -> int:
     with explained(f"cannot listen on {host_and_port(*settings.listen)}", "choose another place with --listen", Unable):
         server = Server(gateway, context)
     stop_on_signals(server)
+    # All connections depend on these threads.  If one fails, the gateway ends, so that systemd or Docker start it anew.
     threading.excepthook = lambda failed: abandon(server, failed.exc_value)
     relays = [server.relay.run] if server.relay else []
     for run in (lambda: server.serve_forever(TICK), gateway.watchman.run, *relays):
@@ -1932,11 +1903,7 @@ def keep_house(server: Server) -> int:
 
 
 def abandon(server: Server, error: BaseException | None = None) -> None:
-    """End the process with exit status 1, once the requests that this breaks off are logged.
-
-    This is for a second signal, and for an error in a thread that all connections depend on: without that thread
-    the gateway would hang, while systemd or Docker start it anew when the process has ended.
-    """
+    """End the process with exit status 1, once the requests that this breaks off are logged."""
     if error:
         say(fault(error))
     server.gateway.watchman.end_all()
@@ -1987,8 +1954,7 @@ def announce(settings: Settings, keys: Keys, port: int, fresh_key: str, wanted: 
     except UpstreamError as error:
         state = f"NO ANSWER: {error}, or try --demo"
     fingerprint, until, missing = describe_certificate(cert, settings.name)
-    expired = until < datetime.now(timezone.utc)
-    flaw = "has expired" if expired else missing and f"does not cover {', '.join(missing)}"
+    flaw = "has expired" if until < datetime.now(timezone.utc) else missing and f"does not cover {', '.join(missing)}"
     shown = fresh_key if os.isatty(2) else ""  # other people can read a journal or a container's log later
     weak = any(key.weak for key in keys.values())
     # Each row is a label, its text, and the conditions under which they are shown.

@@ -686,8 +686,7 @@ ORIGINS = {
 @pytest.mark.parametrize(("value", "yes", "no"), [(value, *of) for value, of in ORIGINS.items()], ids=ORIGINS.keys())
 def test_an_origin_may_have_wildcards_and_matches_as_browsers_write_it(value: str, yes: list[str], no: list[str]) -> None:
     allowed = gateway.parse_arguments(["--cors-origin", "https://other.example", "--cors-origin", value]).cors_origin
-    assert [origin for origin in [*yes, *no] if gateway.origin_allowed(origin, allowed)] == yes
-    assert not gateway.origin_allowed(yes[0], [])
+    assert [origin for origin in [*yes, *no] if any(pattern.fullmatch(origin) for pattern in allowed)] == yes
 
 
 @pytest.mark.parametrize("arguments", [
@@ -1464,7 +1463,7 @@ def content_of(message: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("name", "expected"), COUNTS.items(), ids=COUNTS.keys())
-def test_what_a_real_ollama_counted(name: str, expected: gateway.Counts) -> None:
+def test_what_a_real_ollama_counted(name: str, expected: tuple[int | None, int | None]) -> None:
     content = content_of(recorded(name))
     for step in (1, 7, 1000, len(content)):
         assert gateway.token_counts(excerpt_of(content, step)) == expected
@@ -1475,11 +1474,11 @@ def excerpt_of(content: str | bytes, step: int = 1 << 30) -> gateway.Excerpt:
     content, excerpt = content.encode() if isinstance(content, str) else content, gateway.Excerpt()
     for at in range(0, len(content), step):
         excerpt.add(content[at : at + step])
-        assert len(excerpt.tail) <= gateway.BODY_KEPT
+        assert len(excerpt) <= gateway.BODY_KEPT
     return excerpt
 
 
-def counts(content: str | bytes) -> gateway.Counts:
+def counts(content: str | bytes) -> tuple[int | None, int | None]:
     """The counts of an answer, which must not depend on how it is cut into pieces."""
     found = gateway.token_counts(excerpt_of(content))
     assert all(gateway.token_counts(excerpt_of(content, step)) == found for step in (1, 61, 4093, 70_000))
@@ -1546,7 +1545,7 @@ OTHER_ANSWERS = {
 
 
 @pytest.mark.parametrize(("content", "expected"), OTHER_ANSWERS.values(), ids=OTHER_ANSWERS.keys())
-def test_only_the_answers_own_counts_count(content: str | bytes, expected: gateway.Counts) -> None:
+def test_only_the_answers_own_counts_count(content: str | bytes, expected: tuple[int | None, int | None]) -> None:
     assert counts(content) == expected
 
 
@@ -1580,7 +1579,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize(("content", "expected"), STREAMS.values(), ids=STREAMS.keys())
-def test_counts_of_streams(content: str, expected: gateway.Counts) -> None:
+def test_counts_of_streams(content: str, expected: tuple[int | None, int | None]) -> None:
     assert counts(content) == expected
 
 
