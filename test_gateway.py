@@ -2597,10 +2597,13 @@ def test_without_a_thread_that_all_depend_on_the_process_ends_and_says_so(
             while not leaves(sock):
                 sock.sendall(gateway.chunk(b"{}\n"))
 
-    late = f"import threading, time\ndef change():\n    time.sleep(0.5)\n    {change}\nthreading.Thread(target=change).start()"
+    wait = f"while not os.path.exists({str(tmp_path / 'now')!r}):\n        time.sleep(0.01)"
+    late = f"import os, threading, time\ndef change():\n    {wait}\n    {change}\nthreading.Thread(target=change, daemon=True).start()"
     gate, upstream.script = start(program=changed_gateway(tmp_path, late)), stream
     with gate.connect() as sock:
         sock.sendall(request())
+        assert sock.recv(1)
+        (tmp_path / "now").touch()
         assert gate.process.wait(PATIENCE) == 1
     assert gate.said(r"internal error: ZeroDivisionError in line \d+ of the gateway\n")
     assert [line["status"] for line in gate.log(1)] == [499]
