@@ -14,15 +14,21 @@ upstream's own answer, piece by piece as it arrives.  Either way gateway.log gro
     response_tokens  likewise
     status           what the client was answered; 499 when it left first, 502 when the upstream broke off
     method, model, client (address), duration_ms
+    refused          the rule that refused it: key, role, model, rate, tokens, ...; else null
+    charged, flags   the tokens that count towards the key's limit; what --scan found in the prompt
+    prev             SHA-256 of the line before, so that verify-log finds a line that was changed
+
+A key's options in keys.txt say who may do what: role=user, models=..., rate=..., tokens=..., and others.
 
 It does not protect against: a stolen key (revoke it in keys.txt; a second later it is void), what a
-key's holder asks of the model (prompts are neither read nor limited), somebody who reaches the
-upstream's own port, or a client that skips the certificate check.
+key's holder asks of a model that it may use, somebody who reaches the upstream's own port, or a
+client that skips the certificate check.
 
 Reading map: the sections from top to bottom, each of which uses only what stands above it.
-Settings - API keys - Certificates - HTTP rules - Token counts - Audit log - Sockets (blocking, with deadlines
-that the watchman enforces) - Relay (running streams) - Forwarding (to the upstream and back) - Handler (the way
-of a request through all of that) - Server (connections, their number, the end) - Demo - Command line.
+Settings - API keys - Certificates - HTTP rules - Access rules (roles, models, the scan of prompts, limits) - Token
+counts - Audit log - Usage report - Sockets (blocking, with deadlines that the watchman enforces) - Relay (running
+streams) - Forwarding (to the upstream and back) - Handler (the way of a request through all of that) - Server
+(connections, their number, the end) - Demo - Command line.
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import html
 import http.client
 import http.server
 import io
@@ -54,12 +61,13 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Container, Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any, Callable, Final, Generic, NamedTuple, NoReturn, TypeVar, get_type_hints
+from zlib import crc32
 
 __version__ = "1.0.0"
 
@@ -76,6 +84,8 @@ MAX_KEPT_LINES: Final = 5_000  # audit lines kept in memory while the log cannot
 MAX_LOGGED: Final = 128  # characters of a client's text in the log, up to 12 bytes each; a line fits in PIPE_BUF
 READ_SIZE: Final = 64 * 1024  # bytes in a read of bulk data; larger reads make free-threaded Pythons hold on to memory
 TLS_RECORD: Final = 16 * 1024  # bytes of plaintext in the largest TLS record: RFC 8446, 5.1
+MAX_JUDGED: Final = 32 * 1024 * 1024  # bytes of a body that is read whole and judged before it is forwarded
+MAX_HELD: Final = 256 * 1024 * 1024  # bytes of all such bodies together
 MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that start --body-timeout anew
 CONNECT_TIMEOUT: Final = 5.0  # seconds to connect to the upstream
 POOL_SIZE: Final = 64  # idle upstream connections that are kept
@@ -95,6 +105,7 @@ class Settings(NamedTuple):
     cert: Annotated[File, "cert.pem", "the certificate, with its chain; where there is none, it is made"]
     cert_key: Annotated[File, "key.pem", "its private key"]
     log: Annotated[File, "gateway.log", "the audit log; - is standard output"]
+    scan: Annotated[Mode, "off", "about secrets in prompts: flag logs them, block refuses them"]
     name: Annotated[Names, None, "one more host name or address in a certificate that is made"]
     cors_origin: Annotated[Origins, None, "whose web pages may use the gateway, like https://*.example.com"]
     max_connections: Annotated[Count, "1024", "clients at a time, while others wait"]
@@ -161,6 +172,7 @@ Place = Annotated[tuple[str, int], "HOST:PORT", functools.partial(
     read, rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})", lambda host, port: (host.strip("[]"), int(port)))]  # fmt: skip
 Url = Annotated[Upstream, "URL", functools.partial(read, URL, upstream_url)]
 File = Annotated[str, "FILE", str]
+Mode = Annotated[str, "MODE", functools.partial(read, "(off|flag|block)", str)]
 Names = Annotated[Sequence[str], "HOST", functools.partial(
     read, rf"({HOST_NAME})|([0-9A-Fa-f:.]+)", lambda name, ip: name or str(ipaddress.ip_address(ip)))]  # fmt: skip
 Origins = Annotated[Sequence[re.Pattern[str]], "ORIGIN", functools.partial(read, ORIGIN, origin_pattern)]
@@ -246,33 +258,98 @@ def create_file(path: str, content: bytes, mode: int) -> bool:
 # matter how much of a key was guessed right.
 
 
+Models = tuple[re.Pattern[str], ...]
+
+
+def canonical(model: str) -> str | None:
+    """The one spelling of a model's name or of a glob, of all that Ollama takes for the same; None for no such name."""
+    if not re.fullmatch(r"[A-Za-z0-9_*][A-Za-z0-9_.:/@*-]{0,399}", model) or "://" in model:
+        return None
+    model = model.lower().removesuffix(":local").removeprefix("registry.ollama.ai/").removeprefix("library/")
+    return model if re.search("[:*]", model.rpartition("/")[2]) else model + ":latest"
+
+
+def model_patterns(globs: str) -> Models:
+    """The patterns of canonical names that the globs match; a * is anything but a slash, a lone * is everything.
+
+    A name that ends in cloud, behind : or -, runs at ollama.com at the owner's cost, so its glob must end so, too.
+    """
+    patterns = []
+    for glob in globs.split(","):
+        pattern = ".*" if glob == "*" else re.escape(canonical(glob) or "/").replace(r"\*", "[^/]*")
+        patterns.append(re.compile(pattern if glob.lower().endswith("cloud") else rf"(?!.*[:-]cloud\Z){pattern}"))
+    return tuple(patterns)
+
+
+_GLOBS = "=([A-Za-z0-9_.:/@*-]+(?:,[A-Za-z0-9_.:/@*-]+)*)"
+
+
+def per(number: str, unit: str) -> tuple[int, int]:
+    """A rate: requests, and the nanoseconds in which they may come."""
+    return int(number), {"s": 1, "min": 60, "h": 3600, "day": 86400}[unit] * 10**9
+
+
+def times(number: str, unit: str) -> int:
+    """A number of thousands or millions."""
+    return int(number) * {"": 1, "k": 1000, "M": 10**6}[unit]
+
+
 class Key(NamedTuple):
-    """What the key file says about a key, without the key itself."""
+    """What the key file says about a key, without the key itself.
 
-    name: str  # what the audit log calls it
-    expires: date  # the last day on which it works, UTC
+    Annotated are the options: how each is written, the pattern of what follows its name, and how that is read.
+    """
+
+    digest: bytes  # SHA-256
     weak: bool
+    # What the audit log calls it.  Its limits belong to the name, so that a key can be replaced.
+    name: Annotated[str, "name=NAME", "=(.+)", str]
+    expires: Annotated[date, "expires=YYYY-MM-DD", "=([0-9]{4}-[0-9]{2}-[0-9]{2})", date.fromisoformat] = date.max
+    role: Annotated[str, "role=admin|user", "=(admin|user)", str] = "admin"
+    models: Annotated[Models, "models=GLOB,GLOB", _GLOBS, model_patterns] = ()  # empty for all, like the limits below
+    rate: Annotated[tuple[int, int], "rate=N/s|min|h|day", "=([1-9][0-9]{0,8})/(s|min|h|day)", per] = 0, 0  # see per()
+    tokens: Annotated[int, "tokens=N[k|M]/day", "=([1-9][0-9]{0,11})([kM]?)/day", times] = 0
+    parallel: Annotated[int, "parallel=N", "=([1-9][0-9]{0,5})", int] = 0
+    path: Annotated[bool, "path=yes", "=(yes)", bool] = False  # whether it may stand in a path: /k/SECRET/api/tags
+    trap: Annotated[bool, "trap", "()", lambda _: True] = False  # it was laid out for thieves, and admits nobody
 
 
-Keys = dict[bytes, Key]  # by SHA-256 digest
+class Keys(dict[bytes, Key]):
+    """All keys, by digest."""
 
+    paths = False  # whether any of them may stand in a path
+
+
+_KEY_OPTIONS: Final = {name: hint.__metadata__ for name, hint in get_type_hints(Key, include_extras=True).items()
+                       if hasattr(hint, "__metadata__")}  # fmt: skip
 WELL_KNOWN: Final = {"demo-key", "demo-key-0123456789", "replace-me-with-keygen", "your-api-key-here"}
 
 
-def find_key(keys: Keys, presented: Iterable[bytes], today: date) -> Key | None:
-    """Find the first of the presented keys that is known and has not expired."""
-    known = (keys.get(hashlib.sha256(secret).digest()) for secret in presented)
-    return next((key for key in known if key and today <= key.expires), None)
+def find_key(
+    keys: Keys, presented: Iterable[bytes], today: date, in_path: bytes = b""
+) -> tuple[Key | None, str | None]:
+    """The key that counts of those presented, and the reason if it does not admit: key (unknown), expired, trap."""
+    known = [key for secret in presented if (key := keys.get(hashlib.sha256(secret).digest()))]
+    if in_path and (key := keys.get(hashlib.sha256(in_path).digest())) and (key.path or key.trap):
+        known.append(key)
+    for key in known:
+        if key.trap:
+            return key, "trap"
+    for key in known:
+        if today <= key.expires:
+            return key, None
+    return (known[0], "expired") if known else (None, "key")
 
 
 def load_keys(path: str) -> Keys:
     """Read the key file; a missing file has no keys.  An OperatorError names the line, but never quotes it."""
-    keys: Keys = {}
+    keys = Keys()
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if words := re.sub(r"(^|\s)#.*", "", line).split():
-            digest, key = _parse_key(f"{path}:{number}", *words)
-            if keys.setdefault(digest, key) is not key:
+            key = _parse_key(f"{path}:{number}", *words)
+            if keys.setdefault(key.digest, key) is not key:
                 raise OperatorError(f"{path}:{number}: this key is in the file already; delete one of the lines")
+            keys.paths |= key.path
     return keys
 
 
@@ -285,28 +362,38 @@ def _read_text(path: str) -> str:
     return ""
 
 
-def _parse_key(where: str, secret: str, *words: str) -> tuple[bytes, Key]:
-    """Parse a line's words: the key, then name=NAME and expires=YYYY-MM-DD in any order."""
-    known = r"name=.+|expires=[0-9]{4}-[0-9]{2}-[0-9]{2}"  # newer Pythons read dates in other forms, too
-    options = dict(word.split("=", 1) for word in words if re.fullmatch(known, word))
-    if len(options) < len(words):
-        raise OperatorError(f"{where}: after the key, only name=... and expires=YYYY-MM-DD may stand, once each")
+def _parse_key(where: str, secret: str, *words: str) -> Key:
+    """Parse a line's words: the key, and its options in any order."""
+    options: dict[str, Any] = {}
+    for word in words:
+        option = word.partition("=")[0]
+        if option not in _KEY_OPTIONS or option in options:
+            forms = ", ".join(form for form, _, _ in _KEY_OPTIONS.values())
+            raise OperatorError(f"{where}: after the key, only these may stand, once each: {forms}")
+        form, pattern, convert = _KEY_OPTIONS[option]
+        with explained(f"{where}: {option} is not understood", f"it is written {form}"):
+            options[option] = read(pattern, convert, word[len(option) :])
+    if "trap" in options and options.keys() - {"trap", "name"}:
+        raise OperatorError(f"{where}: beside trap, only name= may stand")
     hashed = secret.startswith("sha256:")
     if hashed and not re.fullmatch("sha256:[0-9a-fA-F]{64}", secret):
         raise OperatorError(f"{where}: behind sha256: there must be 64 hexadecimal digits")
     digest = bytes.fromhex(secret[7:]) if hashed else hashlib.sha256(secret.encode()).digest()
-    with explained(f"{where}: there is no such day", "expires= takes a date like 2027-01-31"):
-        expires = date.fromisoformat(options.get("expires", "9999-12-31"))
-    weak = not hashed and (len(secret) < 16 or secret in WELL_KNOWN)  # fewer characters can be guessed
-    return digest, Key(options.get("name", f"sha256:{digest.hex()[:8]}"), expires, weak)
+    weak = not hashed and "trap" not in options and (len(secret) < 16 or secret in WELL_KNOWN)  # it can be guessed
+    return Key(digest, weak, **{"name": f"sha256:{digest.hex()[:8]}", **options})
 
 
-def key_line(*name: str) -> str:
-    """A line for the key file: a fresh key, and its name if there is one."""
-    if not re.fullmatch(r"([^\s-]\S*)?", " ".join(name)):
-        raise OperatorError("keygen takes one name without blanks, or none, as in: gateway.py keygen alice")
+def key_line(*words: str) -> str:
+    """A line for the key file: a fresh key, its name if there is one, and its options, or role=user."""
+    if not all(re.fullmatch(r"[^\s-]\S*", word) for word in words):
+        raise OperatorError("keygen takes a name without blanks and options, as in: gateway.py keygen alice rate=9/min")
+    named = [f"name={words[0]}"] if words and words[0] != "trap" and "=" not in words[0] else []
+    options = [*named, *words[len(named) :]]
+    if not any(option == "trap" or option.startswith("role=") for option in options):
+        options.append("role=user")
     key = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(43))  # 256 bits
-    return "  name=".join([f"ztg_{key}", *name])  # the prefix lets secret scanners find a leaked key
+    _parse_key("keygen", key, *options)
+    return f"ztg_{key}  " + " ".join(options)  # the prefix lets secret scanners find a leaked key
 
 
 # --- Certificates ---
@@ -434,11 +521,11 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 class Refusal(Exception):
-    """An error that the gateway itself answers: the status and the reason."""
+    """An error that the gateway itself answers: the status, the reason, the rule that refused, fields of its own."""
 
-    def __init__(self, status: int, reason: str) -> None:
+    def __init__(self, status: int, reason: str, rule: str | None = None, *lines: bytes) -> None:
         super().__init__(reason)
-        self.status = status
+        self.status, self.rule, self.lines = status, rule, lines
 
 
 class ClientError(Refusal):
@@ -454,6 +541,10 @@ class Fields(dict[bytes, bytes]):
     """
 
     lines: Sequence[tuple[bytes, bytes]] = ()  # pairs of the name in lower case and the whole line
+
+    def drop(self, unwanted: bytes) -> None:
+        """Do not forward the lines with this name."""
+        self.lines = [(name, line) for name, line in self.lines if name != unwanted]
 
 
 # A body's framing is its length in bytes, or one of these.
@@ -471,6 +562,12 @@ class Head(NamedTuple):
     target: bytes = b""  # begins with a slash
     status: int = 0
     reason: bytes = b""
+    secret: bytes = b""  # a key that stood in the target
+
+    @property
+    def path(self) -> bytes:
+        """The target without its query."""
+        return self.target.partition(b"?")[0]
 
 
 # These fields describe one connection only, so they are removed from requests and from answers:
@@ -526,7 +623,7 @@ def split_head(data: bytes) -> tuple[bytes, bytes] | None:
     return (head, rest) if end else None
 
 
-def parse_request(head: bytes) -> Head:
+def parse_request(head: bytes, keys_in_paths: bool = False) -> Head:
     """Parse the head of a request (RFC 9112, 3 to 6).  Raises ClientError 400, 431, 501 or 505."""
     first, _, lines = head.partition(b"\r\n")
     method, target, version = require(_REQUEST_LINE.fullmatch(first), 400, "the request line is malformed").groups()
@@ -540,7 +637,8 @@ def parse_request(head: bytes) -> Head:
     fields = parse_fields(lines)
     if b"host" in fields or version == b"1.1":
         require(_HOST.fullmatch(fields.get(b"host", b"")), 400, "there must be one valid Host field")
-    return Head(version, fields, body_framing(fields, version), method, target)
+    secret, target = key_in_path(target) if keys_in_paths else (b"", target)
+    return Head(version, fields, body_framing(fields, version), method, target, secret=secret)
 
 
 def parse_answer(head: bytes, method: bytes) -> Head:
@@ -602,11 +700,19 @@ def body_framing(fields: Fields, version: bytes, status: int = 0, answers: bytes
     return UNTIL_CLOSE if status else 0
 
 
-def requested(data: bytes) -> tuple[str | None, str | None]:
+def requested(data: bytes, keys_in_paths: bool = False) -> tuple[str | None, str | None]:
     """The method and the path, without its query, as the log shows them; the request need not be valid."""
     line = _REQUEST_LINE.match(data)
     target = _TARGET.fullmatch(line[2]) if line else None
-    return line and logged(line[1]), target and logged((target[1] or b"/").partition(b"?")[0])
+    path = (target and target[1]) or b"/"
+    path = (key_in_path(path)[1] if keys_in_paths else path).partition(b"?")[0]
+    return line and logged(line[1]), target and logged(path)
+
+
+def key_in_path(target: bytes) -> tuple[bytes, bytes]:
+    """Split the target /k/SECRET/rest into SECRET and /rest; without a key, the first is empty."""
+    match = re.match(rb"/k/([^/?]+)(?:/|(?=\?)|\Z)", target)
+    return (urllib.parse.unquote_to_bytes(match[1]), b"/" + target[match.end() :]) if match else (b"", target)
 
 
 def logged(text: bytes) -> str:
@@ -624,8 +730,8 @@ def keeps_alive(head: Head) -> bool:
     return head.version == b"1.1" and b"close" not in list_members(head.fields, b"connection")
 
 
-def forwarded_head(request: Head, upstream: Upstream, peer: str, without: bytes = b"") -> bytes:
-    """The head for the upstream: without credentials and the field `without`, with the client's address and Host.
+def forwarded_head(request: Head, upstream: Upstream, peer: str) -> bytes:
+    """The head for the upstream: without credentials, with the client's address and Host.
 
     Host names the upstream, since Ollama on loopback refuses other names.  Web frameworks build links from the
     X-Forwarded fields, so a client cannot set them, except that addresses in X-Forwarded-For are kept before its own.
@@ -635,22 +741,22 @@ def forwarded_head(request: Head, upstream: Upstream, peer: str, without: bytes 
     added = [b"X-Forwarded-For: " + (before + b", " if before else b"") + peer.encode(), b"X-Forwarded-Proto: https"]
     added += [b"X-Forwarded-Host: " + fields[b"host"]] if b"host" in fields else []  # HTTP/1.0 does not require it
     added += [b"Transfer-Encoding: chunked"] if request.framing == CHUNKED else []
-    return _head(first + b"\r\nHost: " + upstream.authority.encode(), fields, NOT_FORWARDED, without, added)
+    return _head(first + b"\r\nHost: " + upstream.authority.encode(), fields, NOT_FORWARDED, added)
 
 
-def answer_head(answer: Head, upstream: Upstream, added: Iterable[bytes] = (), without: bytes = b"") -> bytes:
-    """The head for the client: the upstream's own lines except the field `without`, followed by the lines `added`."""
+def answer_head(answer: Head, upstream: Upstream, added: Iterable[bytes] = ()) -> bytes:
+    """The head for the client: the upstream's own lines, followed by the lines `added`."""
     # Content-Length is forbidden in 1xx and 204 answers (RFC 9110, 8.6).
     dropped = HOP_BY_HOP | {b"content-length"} if answer.status < 200 or answer.status == 204 else HOP_BY_HOP
-    head = _head(b"HTTP/1.1 %d %b" % (answer.status, answer.reason), answer.fields, dropped, without, added)
+    head = _head(b"HTTP/1.1 %d %b" % (answer.status, answer.reason), answer.fields, dropped, added)
     return _reachable(head, upstream) if b"location" in answer.fields else head
 
 
-def _head(first: bytes, fields: Fields, dropped: set[bytes], without: bytes, added: Iterable[bytes]) -> bytes:
-    """A head to send: without the fields in `dropped`, the one named `without`, and those that Connection names."""
+def _head(first: bytes, fields: Fields, dropped: set[bytes], added: Iterable[bytes]) -> bytes:
+    """A head to send: without the fields in `dropped` and those that Connection names."""
     # RFC 9110, 7.6.1.  Without Content-Length, the upstream would take the body for another request, so that one stays.
     named = list_members(fields, b"connection") - {b"content-length"} if b"connection" in fields else ()
-    kept = [line for name, line in fields.lines if not (name in dropped or name in named or name == without)]
+    kept = [line for name, line in fields.lines if not (name in dropped or name in named)]
     return b"\r\n".join([first, *kept, *added, b"", b""])
 
 
@@ -668,16 +774,19 @@ def _reachable(head: bytes, upstream: Upstream) -> bytes:
 
 
 def presented_keys(fields: Fields) -> list[bytes]:
-    """The keys that a request presents in X-Api-Key and in Authorization, without empty ones.
+    """The keys that a request presents, in the order in which they count, without empty ones.
 
-    Both are returned, because SDKs send a dummy Authorization beside the real X-Api-Key.  The values of a
+    All are returned, because SDKs send a dummy Authorization beside the real X-Api-Key.  The values of a
     repeated field were joined, and the result is no valid key.
     """
-    scheme, _, secret = fields.get(b"authorization", b"").partition(b" ")
-    keys = [fields.get(b"x-api-key", b""), secret.strip() if scheme.lower() == b"bearer" else b""]  # RFC 6750, 2.1
-    if scheme.lower() == b"basic":  # the password is the key: RFC 7617, 2
-        with contextlib.suppress(ValueError):
-            keys.append(base64.b64decode(secret.strip(), validate=True).partition(b":")[2])
+    keys = [fields.get(b"x-api-key", b"")]
+    for name in (b"authorization", b"proxy-authorization"):
+        scheme, _, secret = fields.get(name, b"").partition(b" ")
+        if scheme.lower() == b"bearer" and name == b"authorization":  # RFC 6750, 2.1
+            keys.append(secret.strip())
+        elif scheme.lower() == b"basic":  # the password is the key: RFC 7617, 2
+            with contextlib.suppress(ValueError):
+                keys.append(base64.b64decode(secret.strip(), validate=True).partition(b":")[2])
     return [key for key in keys if key]
 
 
@@ -687,13 +796,42 @@ def preflight_lines(request: Head) -> list[bytes]:
     return [*lines, b"Access-Control-Allow-Headers: " + request.fields.get(b"access-control-request-headers", b"")]
 
 
-def error_body(path: str, status: int, message: str) -> bytes:
+# By the rule that refused: the type and the code in OpenAI's API, and the type in Anthropic's.
+_KINDS: Final = {
+    "model": ("invalid_request_error", "model_not_found", "permission_error"),
+    "rate": ("requests", "rate_limit_exceeded", "rate_limit_error"),
+    "parallel": ("requests", "rate_limit_exceeded", "rate_limit_error"),
+    "tokens": ("insufficient_quota", "insufficient_quota", "rate_limit_error"),
+    "guard": ("invalid_request_error", "invalid_json", "invalid_request_error"),
+    "scan": ("invalid_request_error", "content_filter", "invalid_request_error"),
+}
+
+
+def error_body(path: str, status: int, message: str, rule: str | None = None) -> bytes:
     """An error in the JSON of the API that the path belongs to: Anthropic's, OpenAI's, or else Ollama's."""
     kind = {403: "permission_error"}.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    anthropic = {"type": "request_too_large" if status == 413 else kind, "message": message}
-    openai = {"message": message, "type": kind, "code": "permission_denied" if status == 403 else None}  # no number
-    apis = {"/v1/messages": {"type": "error", "error": anthropic}, "/v1/": {"error": openai}, "": {"error": message}}
+    usual = kind, "permission_denied" if status == 403 else None, "request_too_large" if status == 413 else kind
+    openai_kind, code, anthropic_kind = _KINDS.get(rule or "", usual) if status != 415 else usual
+    anthropic = {"type": "error", "error": {"type": anthropic_kind, "message": message}}
+    openai = {"error": {"message": message, "type": openai_kind, "code": code}}
+    apis = {"/v1/messages": anthropic, "/v1/": openai, "": {"error": message}}
     return json.dumps(next(body for prefix, body in apis.items() if path.startswith(prefix))).encode()
+
+
+_decode = json.JSONDecoder().raw_decode  # json.loads() would guess the encoding, and refuse what follows the document
+
+
+def _parsed(document: bytes, decode: Callable[[str], Any] = _decode) -> Any:
+    """The value of a document, None if it has none."""
+    try:
+        return decode(document.decode(errors="replace").lstrip())[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A value that should be an object, or an empty one in its place."""
+    return value if isinstance(value, dict) else {}
 
 
 class BodyReader:
@@ -760,7 +898,274 @@ def chunk(content: bytes) -> bytes:
 
 def last_chunk(trailers: Fields) -> bytes:
     """The end of a chunked body: the last chunk, and those of the trailers that may be passed on."""
-    return _head(b"0", trailers, NOT_FORWARDED, without=b"content-length", added=())
+    return _head(b"0", trailers, NOT_FORWARDED | {b"content-length"}, added=())
+
+
+# --- Access rules ---
+# Who may do what, how often, and with which model.  These functions decide; a refusal is a ClientError with its rule.
+# What is forwarded is the bytes that were judged, so nothing here changes a request.
+
+INFERENCE: Final = frozenset(
+    b"/api/generate /api/chat /api/embed /api/embeddings /v1/chat/completions /v1/completions /v1/embeddings /v1/rerank"
+    b" /v1/responses /v1/messages /v1/messages/count_tokens /v1/audio/transcriptions".split()
+)
+# What a key with role=user may do, and GET /v1/models/NAME.
+_FOR_USERS: Final = {
+    *((method, path) for method in (b"GET", b"HEAD") for path in (b"/", b"/api/version", b"/api/tags")),
+    *((b"GET", path) for path in (b"/api/status", b"/api/ps", b"/v1/models", b"/health", b"/v1/health")),
+    *((b"POST", path) for path in (b"/api/show", *INFERENCE)),
+}
+LISTS: Final = {b"/api/tags", b"/api/ps", b"/v1/models"}  # of models
+COUNTED: Final = {b"POST", b"PUT", b"PATCH", b"DELETE"}  # by limits; reading is free, since user interfaces poll lists
+_NAMING: Final = {"model", "name", "source", "destination", "from"}  # members that name models in Ollama's API
+
+
+def check_role(role: str, method: bytes, path: bytes) -> None:
+    """Refuse what the role may not do.  The path is compared as it came, since Ollama decodes /api/%70ull to pull."""
+    if role == "user" and (method, path) not in _FOR_USERS and not (method == b"GET" and _model_in_path(path)):
+        raise ClientError(403, "this key may use models and list them, and nothing else", "role")
+
+
+def asks_a_model(request: Head) -> bool:
+    """Whether this is a request for inference."""
+    return request.method == b"POST" and request.path in INFERENCE
+
+
+def check_way(request: Head, models: Models) -> None:
+    """Refuse a request that could name a model past the check of its body: by its coding, path, query or form."""
+    path, fields, query = request.path, request.fields, request.target.partition(b"?")[2]
+    if _is_coded(fields):  # the answer says what is possible: RFC 9110, 12.5.3
+        raise ClientError(
+            415, "a Content-Encoding is not accepted with this key", "guard", b"Accept-Encoding: identity"
+        )
+    unclear = re.search(rb"//|;|\\|/\.\.?(?:/|\Z)", path) or (b"%" in path and not path.startswith(b"/v1/models/"))
+    if path.startswith(b"/v1/models/") and not unclear:
+        unclear = not may_use(models, _model_in_path(path))
+    query = query.replace(b";", b"&")  # some servers take it for one
+    names = [name.strip().casefold() for name, _ in urllib.parse.parse_qsl(query.decode("latin-1"), True)]
+    if unclear or _is_form(fields) or "model" in names:
+        raise ClientError(403, "this key may use some models only, and must name them plainly", "model")
+
+
+def _is_coded(fields: Fields) -> bool:
+    return fields.get(b"content-encoding", b"identity").lower() not in (b"", b"identity")
+
+
+def _is_form(fields: Fields) -> bool:
+    return fields.get(b"content-type", b"").lower().startswith(b"multipart/")
+
+
+def _model_in_path(path: bytes) -> str | None:
+    """The model of /v1/models/NAME, decoded once; None for another path, or where decoding leaves any doubt."""
+    match = re.fullmatch(rb"/v1/models/([A-Za-z0-9._:@/%-]+)", path)
+    name = urllib.parse.unquote(match[1].decode()) if match else "/"
+    return None if re.search(r"%|\.\.|//|\A/|(?:\A|/)\.(?:/|\Z)", name) else name
+
+
+def may_use(models: Models, name: str | None) -> bool:
+    """Whether a model of this name is among those that a key may use."""
+    known = canonical(name) if name and "*" not in name else None
+    return known is not None and any(pattern.fullmatch(known) for pattern in models)
+
+
+def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON.  Raises ValueError where a member comes twice, since servers differ on which one counts."""
+    if len(found := dict(members)) < len(members):
+        raise ValueError
+    return found
+
+
+_strict = json.JSONDecoder(object_pairs_hook=_once, parse_int=float, parse_constant=int)  # NaN is no JSON, and no int
+
+
+def check_body(body: bytes, request: Head, models: Models) -> dict[str, Any]:
+    """Parse a body that every server reads alike, and refuse models that the key may not use.
+
+    Go takes members in any case, and the last of several, so a member that is like `model` only in another case could
+    be what Ollama takes.
+    """
+    try:
+        value = _strict.decode(body.decode())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or any(each.casefold() in _NAMING and each not in _NAMING for each in value):
+        raise ClientError(400, "this key's requests must be one JSON object, without repeated members", "guard")
+    named = [each for member, each in value.items() if _names_a_model(member, request.path)]
+    allowed = all(isinstance(each, str) and (not each or may_use(models, each)) for each in named)
+    allowed = allowed and "fallbacks" not in map(str.casefold, value)
+    if not allowed or (asks_a_model(request) and not any(named)):
+        raise ClientError(403, "this key may not use that model", "model")
+    return value
+
+
+def _names_a_model(member: str, path: bytes) -> bool:
+    folded = member.casefold()
+    return "model" in folded or (path.startswith(b"/api/") and member in _NAMING)
+
+
+def visible(content: bytes, models: Models) -> bytes | None:
+    """A list of models without those that the key may not use; None if it is no list that can be read."""
+    value = _object(_parsed(content))
+    for member in value.keys() & {"models", "data"}:
+        entries = value[member] if isinstance(value[member], list) else []
+        value[member] = [entry for entry in entries if _is_visible(entry, models)]
+    return json.dumps(value).encode() if value else None
+
+
+def _is_visible(entry: Any, models: Models) -> bool:
+    names = [name for member in ("name", "model", "id") if (name := _object(entry).get(member))]
+    return bool(names) and all(isinstance(name, str) and may_use(models, name) for name in names)
+
+
+def may_be_scanned(fields: Fields, scan: str) -> bool:
+    """Whether a prompt is looked at: not a form, nor a compressed one, which --scan block refuses."""
+    if scan == "block" and _is_coded(fields):
+        raise ClientError(415, "prompts must come without a Content-Encoding", "scan", b"Accept-Encoding: identity")
+    return not (_is_coded(fields) or _is_form(fields))
+
+
+# The scan of prompts finds secrets by forms that nothing else has: a prefix, a checksum, or the digest of a key.
+#
+# A regex holds the interpreter's lock while it runs, so the text is cut into pieces, and other threads run between
+# them.  No regex takes long for a piece, whatever the text: every quantifier has a bound, and where a match could begin
+# at each of many characters in a row, it must begin a word.
+#
+# `re` finds a literal ten times as fast as a class of characters, so each regex begins with a literal, if it has one.
+# What may not stand before it comes after it: in (?<![^\\][\w-].{4}), .{4} is the literal again.  [^\\] is there since
+# a text may itself be JSON, in which the n of \nAKIA... belongs to a line break.
+
+PIECE, OVERLAP = 16 * 1024, 1100  # characters of a piece, and how many of the next it has, too: more than a match
+_BASE62: Final = (string.digits + string.ascii_uppercase + string.ascii_lowercase).encode()
+_TWICE: Final = bytes.maketrans(b"0123456789", b"0246813579")  # the sum of the digits of 2 * digit
+# fmt: off
+_PATTERNS: Final = {name: re.compile(regex) for name, regex in {
+    "private-key": rb"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----",
+    "aws": rb"A[KS]IA(?<![^\\][\w-].{4})(?!.{9}EXAMPLE)[A-Z2-7]{16}(?![\w-])",
+    "github": rb"g(?:h[pousr]_[0-9A-Za-z]{36}|ithub_pat_\w{82})", "gitlab": rb"glpat-[\w-]{20}",
+    "slack": rb"xox[abprs]-[0-9][\w-]{9}", "stripe": rb"k_live_(?<=[sr]k_live_)(?<![^\\]\w.{8})[0-9A-Za-z]{10}",
+    "anthropic": rb"sk-ant-api03-[\w-]{93}AA", "openai": rb"sk-(?<![^\\][\w-].{3})[\w-]{20,100}T3BlbkFJ[\w-]{20}",
+    "google": rb"AIza(?<![^\\][\w-].{4})[\w-]{35}(?![\w-])", "npm": rb"npm_[0-9A-Za-z]{36}",
+    "pypi": rb"pypi-AgEI[\w-]{50}", "jwt": rb"eyJ(?<![^\\][\w-].{3})[\w-]{8,1000}\.(?=\.?[\w-]{10})",
+    "card": rb"[2-6](?<![^\\][\w+].)(?<!\d\..)\d{12,18}(?!\w|\.\d)", "gateway-key": rb"ztg_[\w-]{1,300}"}.items()}
+# fmt: on
+
+
+def find_secrets(value: Any, known: Container[bytes], pause: Callable[[], None]) -> list[str]:
+    """Name the patterns that occur in the strings of a JSON value.  Calls pause() every few milliseconds.
+
+    `known` holds the digests of the gateway's own keys.
+    """
+    checks = {**_CHECKS, "gateway-key": lambda word: hashlib.sha256(word).digest() in known}
+    found: set[str] = set()
+    for text in _pieces(value):
+        for name in _PATTERNS.keys() - found:  # what touches the edge of a piece stands inside another one
+            tokens = {match[0] for match in _PATTERNS[name].finditer(text, 2) if match.end() <= len(text) - 2}
+            found.update({name} if any(map(checks.get(name, bool), tokens)) else ())
+        pause()
+    return [name for name in _PATTERNS if name in found]
+
+
+def _pieces(value: Any) -> Iterator[bytes]:
+    """The strings of a JSON value, without images and sound, in pieces: short strings share one.
+
+    A match depends on up to two bytes before and two behind it, so two line breaks stand around each string.
+    """
+    text, values = "\n\n", [value]  # no recursion, since JSON may be nested as deep as Python can parse
+    while values:
+        each = values.pop()
+        if isinstance(each, dict):
+            each = [*each, *(map(_without_images, each, each.values()) if "images" in each else each.values())]
+        if isinstance(each, list):
+            values += each
+        looked_at = isinstance(each, str) and not each.startswith(("data:image/", "data:audio/"))
+        text += each + "\n\n" if looked_at else "\n"  # one for a number, too, so that many of them end a piece
+        if len(text) > PIECE or not values:
+            for at in range(0, len(text), PIECE):
+                yield text[at : at + PIECE + OVERLAP].encode(errors="replace")
+            text = "\n\n"
+
+
+def _without_images(name: str, value: Any) -> Any:
+    """A member's value; if that is a list and called images, without its strings."""
+    return [each for each in value if not isinstance(each, str)] if (name, type(value)) == ("images", list) else value
+
+
+def _has_crc(token: bytes) -> bool:
+    """Whether the last 6 characters are the CRC-32 of the 30 before, in base 62; a github_pat_ token has none."""
+    return token[:4] == b"gith" or all(_BASE62[crc32(token[4:34]) // 62**n % 62] == token[39 - n] for n in range(6))
+
+
+def _is_jwt(header: bytes) -> bool:
+    """Whether it is the header of a JSON Web Token and the dot behind it (RFC 7515, 4.1.1 and 7.1)."""
+    # The decoder skips the dot.  It needs groups of four characters; "A" adds only NULs behind the object.
+    return "alg" in _object(_parsed(base64.urlsafe_b64decode(header + b"A" * ((1 - len(header)) % 4))))
+
+
+def _is_card(digits: bytes) -> bool:
+    """Whether the last digit is right by Luhn's rule (ISO/IEC 7812-1).  What begins with 20 is mostly a date."""
+    luhn = sum(digits[-1::-2] + digits[-2::-2].translate(_TWICE)) - len(digits) * ord("0")
+    return luhn % 10 == 0 and len(set(digits)) > 1 and not digits.startswith(b"20")
+
+
+_CHECKS: Final = {"github": _has_crc, "npm": _has_crc, "jwt": _is_jwt, "card": _is_card}
+
+
+class Limits:
+    """What has been used of all limits.  All threads share it, and use it under the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        # By the names of keys: when the rate is fresh again (ns, monotonic), the requests that run, and tokens by day,
+        # of which more than one is kept, since a clock may be set back.
+        self.fresh, self.running, self.charged = Counter[str](), Counter[str](), dict[date, Counter[str]]()
+        self.held = 0  # bytes of bodies that are read whole
+
+    def enter(self, key: Key, today: date, now: int) -> None:
+        """Admit a request, or refuse it with 429, which consumes nothing.  `now` is monotonic, in nanoseconds."""
+        with self.lock:
+            used, running = self.charged.get(today, Counter[str]())[key.name], self.running[key.name]
+            # GCRA: each request moves the time at which the rate is fresh again by a step, up to `count` steps ahead.
+            count, period = key.rate
+            step = -(-period // max(count, 1))
+            fresh = self.fresh[key.name] = min(self.fresh[key.name], now + count * step)
+            wait = max(fresh, now) + step - count * step - now
+            midnight = 86_400 - time.time() % 86_400  # seconds until then, UTC
+            told = _told("requests", count, (now + count * step - max(fresh, now)) // step, fresh - now) if step else []
+            told += _told("tokens", key.tokens, max(0, key.tokens - used), midnight * 1e9) if key.tokens else []
+            for full, rule, seconds, reason in (
+                (key.tokens and used >= key.tokens, "tokens", midnight, "the key's tokens of today are used up"),
+                (key.parallel and running >= key.parallel, "parallel", 1, "the key's requests are too many at a time"),
+                (wait > 0, "rate", wait / 1e9, "the key's requests come too fast"),
+            ):
+                if full:
+                    # SDKs sleep for as long as Retry-After says, to midnight if need be, unless told not to.
+                    told += [b"x-should-retry: false"] if seconds > 60 else []
+                    raise ClientError(429, reason, rule, b"Retry-After: %d" % max(1, -(-seconds // 1)), *told)
+            self.running[key.name] += 1
+            self.fresh[key.name] = max(fresh, now) + step
+
+    def leave(self, key: Key, today: date, charged: int) -> None:
+        """A request that was admitted on that day has ended, and costs so many tokens."""
+        with self.lock:
+            self.running[key.name] -= 1
+            self.charged.setdefault(today, Counter())[key.name] += charged
+            while len(self.charged) > 3:
+                del self.charged[min(self.charged)]
+
+    def hold(self, size: int) -> None:
+        """Count bytes of bodies that are held, or no longer held if negative.  Raises ClientError 503."""
+        with self.lock:
+            if size > 0 and self.held + size > MAX_HELD:
+                raise ClientError(503, "too many large requests at a time; try again", "size", b"Retry-After: 1")
+            self.held += size
+
+
+def _told(unit: str, limit: int, remaining: int, nanoseconds: float) -> list[bytes]:
+    """A limit as OpenAI tells it; the time until it is fresh again looks like 6m0s."""
+    left = max(0, int(-(-nanoseconds // 10**9)))
+    reset = f"{left // 3600}h" * (left >= 3600) + f"{left % 3600 // 60}m" * (left >= 60) + f"{left % 60}s"
+    values = {"limit": limit, "remaining": remaining, "reset": reset}
+    return [f"x-ratelimit-{name}-{unit}: {value}".encode() for name, value in values.items()]
 
 
 # --- Token counts ---
@@ -793,6 +1198,8 @@ _INSIDE = {*_RESPONSE, *sum(_PROMPT, ())} - _OUTSIDE  # which stand in an object
 class Excerpt(bytearray):
     """What is kept of a body: all of a short one; of a long one, what may name a model or say counts."""
 
+    size = lines = events = 0  # which only a Meter counts
+
     def add(self, content: bytes) -> None:
         """Take note of the next bytes; a NUL stands for a body that was given up."""
         if self != b"\0":
@@ -800,6 +1207,26 @@ class Excerpt(bytearray):
         if len(self) > BODY_KEPT:
             kept = bytes.join(*_split(self))
             self[:] = kept if len(kept) <= BODY_KEPT // 2 else b"\0"
+
+
+class Meter(Excerpt):
+    """An Excerpt that also measures, for an estimate of the tokens where nobody counts them."""
+
+    _end = b""
+
+    def add(self, content: bytes) -> None:
+        """Take note of the next bytes."""
+        super().add(content)
+        self.size, self.lines = self.size + len(content), self.lines + content.count(b"\n")
+        text = self._end + content.replace(b"\r", b"")
+        self.events, self._end = self.events + len(re.findall(rb"[^\n]\n\n", text)), text[-2:]
+
+
+def estimate(content_type: bytes, sent: Excerpt, received: Excerpt) -> int:
+    """The tokens of a request and its answer, where the answer does not say: four bytes each, or one for each event."""
+    events = {b"text/event-stream": received.events, b"application/x-ndjson": received.lines}
+    kind = content_type.partition(b";")[0].strip().lower()
+    return min(sent.size // 4, 32_768) + events.get(kind, received.size // 4)
 
 
 def token_counts(answer: Excerpt) -> tuple[int | None, int | None]:
@@ -873,23 +1300,9 @@ def _pruned(document: bytes) -> bytes:
     return bytes(kept + rest + string)
 
 
-_decode = json.JSONDecoder().raw_decode  # json.loads() would guess the encoding, and refuse what follows the document
 _decode_as_go = json.JSONDecoder(  # names in any case, the last wins, null says nothing, numbers may be of 5000 digits
     parse_int=float, object_pairs_hook=lambda pairs: {name.casefold(): each for name, each in pairs if each is not None}
 ).raw_decode
-
-
-def _parsed(document: bytes, decode: Callable[[str], Any] = _decode) -> Any:
-    """The value of a document, None if it has none."""
-    try:
-        return decode(document.decode(errors="replace").lstrip())[0]
-    except (ValueError, RecursionError):
-        return None
-
-
-def _object(value: Any) -> dict[str, Any]:
-    """A value that should be an object, or an empty one in its place."""
-    return value if isinstance(value, dict) else {}
 
 
 def _counts(value: Any) -> tuple[int | None, int | None]:
@@ -923,25 +1336,31 @@ class LogFile:
         self.may_block = False  # whether it is a pipe, a terminal or the like, whose reader may stop reading
         self.kept, self.written = deque[bytes](), 0  # the lines that wait, and how many bytes of the first were written
         self.whole = True  # what log_news() told the operator last
+        # The last line's SHA-256 in hex, which the next one says as `prev`, and the number of lines in the file.
+        self.head, self.lines = b"", 0
 
 
 def new_record(client: str, status: int = 500) -> dict[str, Any]:
-    """What the audit log says about a request, except the times, in the order of the line."""
-    tokens = {"prompt_tokens": None, "response_tokens": None}
-    return {"key": None, "path": None, **tokens, "status": status, "method": None, "model": None, "client": client}
+    """What the audit log says about a request, except when it began, in the order of the line."""
+    return {
+        "key": None, "path": None, "prompt_tokens": None, "response_tokens": None, "status": status, "method": None,
+        "model": None, "client": client, "duration_ms": 0, "refused": None, "charged": None, "flags": None,
+    }  # fmt: skip
 
 
-def audit_line(began: datetime, record: dict[str, Any], seconds: float) -> bytes:
-    """The line, in ASCII JSON, for a request that began then (in UTC) and took that many seconds."""
-    start = began.isoformat("T", "milliseconds")[:23]
-    # The times are put around the JSON of the record, since making another dict for all of it takes a fifth longer.
-    return f'{{"timestamp": "{start}Z", {json.dumps(record)[1:-1]}, "duration_ms": {round(seconds * 1000)}}}\n'.encode()
+def audit_line(began: datetime, record: dict[str, Any]) -> bytes:
+    """The line, in ASCII JSON, for a request that began then (in UTC), but for its end, which append_line() adds."""
+    # The time is put before the JSON of the record, since making another dict for all of it takes a fifth longer.
+    return f'{{"timestamp": "{began.isoformat("T", "milliseconds")[:23]}Z", {json.dumps(record)[1:-1]}'.encode()
 
 
 def append_line(log: LogFile, *lines: bytes) -> bool:
-    """Append the lines after those that wait; return False if some still wait."""
+    """Append the lines after those that wait, each with the digest of the one before; False if some still wait."""
     with log.lock, contextlib.suppress(OSError):
-        log.kept.extend(lines)
+        for line in lines:
+            whole = line + (b', "prev": "%b"}' % log.head if log.head else b', "prev": null}')
+            log.head, log.lines = hashlib.sha256(whole).hexdigest().encode(), log.lines + 1
+            log.kept.append(whole + b"\n")
         file = log.file or _open_file(log)
         # A write that blocks would hold the lock, and so stop every connection, until somebody reads the pipe.
         while log.kept and (not log.may_block or takes_a_line(file.fileno(), patience=0)):
@@ -981,15 +1400,58 @@ def open_log(path: str) -> LogFile:
     return log
 
 
-def log_news(log: LogFile) -> str | None:
-    """Follow a log that was renamed or deleted, and write what waits; returns news for the operator, if any."""
+def log_head(log: LogFile) -> str:
+    """The number of lines and the last one's digest: who knows it can tell later whether a line was changed."""
+    return f"the audit log has {log.lines} lines, the last with SHA-256 {log.head.decode() or 'of nothing'}"
+
+
+def log_news(log: LogFile) -> list[str]:
+    """Follow a log that was renamed or deleted, and write what waits; returns news for the operator."""
+    news = []
     with log.lock:
         if log.file and _was_moved(log.path, log.file):
+            news.append(log_head(log) + ", and was moved away")
             log.file.close()
             log.file = None
     before, log.whole = log.whole, append_line(log)
-    news = "the audit log is whole again" if log.whole else f"cannot write to {log.path}: nothing is forwarded"
-    return None if log.whole == before else news
+    if log.whole != before:
+        news.append(
+            "the audit log is whole again" if log.whole else f"cannot write to {log.path}: nothing is forwarded"
+        )
+    return news
+
+
+def charged_on(path: str, day: date) -> Counter[str]:
+    """The tokens that the requests of that day were charged, by the names of their keys, as the log says."""
+    charged, begins = Counter[str](), b'{"timestamp": "' + day.isoformat().encode()
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        for record in (_object(_parsed(line)) for line in file if line.startswith(begins)):
+            if isinstance(record.get("charged"), int) and isinstance(record.get("key"), str):
+                charged[record["key"]] += record["charged"]
+    return charged
+
+
+def verify_log(paths: Sequence[str], head: str | None) -> Iterator[str]:
+    """Check that each line names the digest of the line before it; the files are given oldest first.
+
+    Yields what to tell.  Raises Unable, which names the file and line, for the first that does not fit.
+    """
+    last, lines, older, seen = "", 0, 0, head is None
+    for path in paths:
+        with explained(f"cannot read {path}", "see that it is there"), open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                prev = re.search(rb', "prev": (?:null|"([0-9a-f]{64})")}\s*\Z', line)
+                named = prev and (prev[1] or b"").decode()
+                if prev and not lines - older and named and not older:
+                    yield f"{path} begins in the middle of a log"
+                elif prev and named != last:
+                    raise Unable(f"{path}:{number} does not follow the line before it: one of the two was changed")
+                older += not prev and lines == older
+                last, lines = hashlib.sha256(line.rstrip(b"\n")).hexdigest(), lines + 1
+                seen = seen or last == head
+    if not seen:
+        raise Unable(f"{paths[-1]}: no line has SHA-256 {head}, so its end was cut off, or it is another log")
+    yield f"{lines} lines, {older} of them from before lines were linked; the last has SHA-256 {last}"
 
 
 def _open_file(log: LogFile) -> io.FileIO:
@@ -1000,10 +1462,13 @@ def _open_file(log: LogFile) -> io.FileIO:
     log.file, log.written = file, 0
     log.may_block = file.isatty() or not file.seekable()
     if not log.may_block:
-        with contextlib.suppress(OSError), open(log.path, "rb") as old:  # an empty file has no last byte: OSError
-            old.seek(-1, os.SEEK_END)
-            if old.read(1) != b"\n":  # a crash cut the last line off, and the next one must not be joined to it
+        with contextlib.suppress(OSError), open(log.path, "rb") as old:
+            log.lines, last = 0, b"\n"
+            for log.lines, last in enumerate(old, 1):  # noqa: B007
+                pass
+            if not last.endswith(b"\n"):  # a crash cut it off, and the next one must not be joined to it
                 log.kept.appendleft(b"\n")
+            log.head = log.head or (hashlib.sha256(last.rstrip(b"\n")).hexdigest().encode() if log.lines else b"")
     return file
 
 
@@ -1013,6 +1478,105 @@ def _was_moved(path: str, file: io.FileIO) -> bool:
         return path != "-" and not os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except OSError as error:
         return isinstance(error, FileNotFoundError)
+
+
+# --- Usage report ---
+# Who used what, from nothing but the audit log.  Its lines may hold anything, so nothing in them is trusted.
+
+DIMENSIONS: Final = ("day", "key", "model", "client")
+_COLUMNS: Final = ("requests", "refused", "failed", "prompt", "response", "total")
+Sums = dict[tuple[str, ...], list[int]]  # by the values of some dimensions: the columns, with `charged` for the last
+
+
+def sum_up(path: str, sums: Sums, since: str, until: str, progress: Callable[[int], None]) -> int:
+    """Add a log's requests of these days, both included, by all dimensions; returns how many lines are none."""
+    import gzip  # noqa: PLC0415 - is needed here only
+
+    others = 0
+    opened = gzip.open(path) if path.endswith(".gz") else open(path, "rb")  # noqa: SIM115 - the next line closes it
+    with opened as file, contextlib.suppress(EOFError):  # which a file that is still being compressed ends with
+        for number, line in enumerate(iter(lambda: file.readline(READ_SIZE), b""), 1):
+            record = _object(_parsed(line))
+            day, status = str(record.get("timestamp"))[:10], record.get("status")
+            if not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", day) or not isinstance(status, int):
+                others += 1
+            elif since <= day <= until:
+                names = ("-" if (name := record.get(each)) is None else str(name) for each in DIMENSIONS[1:])
+                row = sums.setdefault((day, *names), [0] * 6)
+                refused = record.get("refused", (record.get("key") is None and status == 403) or None) is not None
+                tokens = (_number(record.get(name)) for name in ("prompt_tokens", "response_tokens", "charged"))
+                add = (1, refused, status >= 500 and not refused, *tokens)
+                row[:] = map(int.__add__, row, add)
+            if number % 50_000 == 0:
+                progress(number)
+    return others
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def usage_rows(sums: Sums, by: Sequence[str], limits: dict[str, int]) -> list[dict[str, Any]]:
+    """The rows of the report; `limits` are the tokens a day of the keys that have a limit."""
+    grouped: Sums = {}
+    for group, numbers in sums.items():
+        sum_of_group = grouped.setdefault(tuple(group[DIMENSIONS.index(name)] for name in by), [0] * 6)
+        sum_of_group[:] = map(int.__add__, sum_of_group, numbers)
+    rows = []
+    for group, (*counted, charged) in sorted(grouped.items()):
+        names = dict(zip(by, group))
+        limit = limits.get(names["key"]) if sorted(by) == ["day", "key"] else None
+        share = round(charged / limit, 3) if limit else None
+        rows.append({**names, **dict(zip(_COLUMNS, (*counted, sum(counted[-2:])))), "share": share})
+    return rows
+
+
+def usage_total(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The sum of each column."""
+    return {column: sum(row[column] for row in rows) for column in _COLUMNS}
+
+
+def usage_table(rows: Sequence[dict[str, Any]], by: Sequence[str], bars: bool) -> Iterator[str]:
+    """The report as lines of text, with a bar for the tokens of each row if wanted."""
+    columns, most = (*by, *_COLUMNS, "share"), max((row["total"] for row in rows), default=0)
+    lines = [dict.fromkeys(columns, None) | row for row in (*rows, {**usage_total(rows), by[0]: "total"})]
+    cells = [[_printable(line[column]) for column in columns] for line in lines]
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    for row, line in zip([None, *rows, None], [columns, *cells]):
+        aligned = enumerate(zip(line, widths))
+        text = [cell.ljust(width) if at < len(by) else cell.rjust(width) for at, (cell, width) in aligned]
+        yield "  ".join(text).rstrip() + ("  " + "#" * round(20 * row["total"] / most) if bars and row and most else "")
+
+
+def _printable(value: Any) -> str:
+    """A cell's text; what could control a terminal is shown as a question mark."""
+    text = "" if value is None else f"{value:.0%}" if isinstance(value, float) else str(value)
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+def usage_page(rows: Sequence[dict[str, Any]], by: Sequence[str], sums: Sums) -> str:
+    """The report as one HTML page, with the tokens by day, key and model as bars."""
+    head, *body = usage_table(rows, by, bars=False)
+    charts = (_chart(name, usage_rows(sums, [name], {})) for name in DIMENSIONS[:3])
+    return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Usage of the gateway</title>
+<meta name="viewport" content="width=device-width"><style>:root {{ color-scheme: light dark }}
+body {{ font: 15px system-ui, sans-serif; margin: 2em auto; padding: 0 1em; max-width: 1300px }}
+section {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 2em }}
+svg {{ width: 100% }} text {{ fill: currentColor; font-size: 13px }} rect {{ fill: #4a86c8 }}
+pre {{ overflow-x: auto }}</style><h1>Usage of the gateway</h1><section>{"".join(charts)}</section>
+<pre>{html.escape(chr(10).join((head, *body)))}</pre></html>"""
+
+
+def _chart(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Bars of tokens as an inline SVG: all days, or the 20 keys or models with the most."""
+    shown = rows[-62:] if name == "day" else sorted(rows, key=lambda row: -row["total"])[:20]
+    most, bars = max((row["total"] for row in shown), default=0) or 1, ""
+    for at, row in enumerate(shown):
+        label, width = html.escape(_printable(row[name])[:24]), max(1, 190 * row["total"] / most)
+        bars += f'<text x="0" y="{at * 22 + 14}">{label}</text>'
+        bars += f'<rect x="190" y="{at * 22 + 2}" width="{width:.0f}" height="15"/>'
+        bars += f'<text x="{width + 195:.0f}" y="{at * 22 + 14}">{row["total"]:,}</text>'
+    return f'<div><h2>Tokens by {name}</h2><svg viewBox="0 0 480 {len(shown) * 22 + 4}" role="img">{bars}</svg></div>'
 
 
 # --- Sockets ---
@@ -1143,6 +1707,7 @@ class Client(Wire):
         self.upstream: Wire | None = None  # while a request is in flight
         self.wait: tuple[float, Wire, Failure] | None = None  # one attribute, so that all of it changes at once
         self.verdict: Exception | None = None  # why the watchman intervened
+        self.objection: Callable[[], Exception | None] = lambda: None  # why the request must not go on, if it must not
 
     def until(self, wire: Wire, deadline: float = 0, overdue: Failure | None = None) -> Client:
         """Note what the thread is about to block on; a deadline (monotonic) replaces the wire's patience."""
@@ -1171,12 +1736,13 @@ class Client(Wire):
     def look(self, now: float, left: set[Wire], stopping: bool) -> None:
         """For the watchman, which holds the lock: intervene if the deadline has passed or the client has left."""
         deadline, wire, overdue = self.wait or (sys.maxsize, self, ClientLeft)
-        if deadline < now or (stopping and overdue is Silence):
+        objection = self.objection()
+        if deadline < now or objection or (stopping and overdue is Silence):
             # At first only reading ends, since a client that is too slow shall still get its 408.  That ends neither a
             # write nor a read during which records without data keep coming (TLS KeyUpdate), so if the call is still
             # blocked at the next look, both directions end.
             how = socket.SHUT_RDWR if self.verdict else socket.SHUT_RD
-            self.verdict = self.verdict or overdue()  # before the thread wakes and asks for it
+            self.verdict = self.verdict or objection or overdue()  # before the thread wakes and asks for it
             wire.shut_down(how)
         elif self.upstream and self in left and not self.verdict:
             self.end()
@@ -1367,14 +1933,15 @@ class Exchange:
     # rest of the request.
     _kept = _given_up = False
 
-    def __init__(self, pool: Pool, relay: Relay | None, client: Client, request: Head, seconds: float) -> None:
-        self._pool, self._relay, self._client, self._request, self._seconds = pool, relay, client, request, seconds
-        self.sent, self.received = Excerpt(), Excerpt()  # of the content of the two bodies
+    def __init__(self, pool: Pool, client: Client, request: Head, seconds: float, meter: type[Excerpt]) -> None:
+        self._pool, self._client, self._request, self._seconds = pool, client, request, seconds
+        self.sent, self.received = meter(), meter()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
 
     def begin(self, head: bytes) -> None:
         """Send the head, and what of the body came with it.  UpstreamError 502."""
-        self._opening = head + (b"" if self.body.done else self._next_part(b""))
+        part = b"" if self.body.done else self._next_part(b"")
+        self._opening, self._rest = head + part[:READ_SIZE], part[READ_SIZE:]  # a body that was judged may be large
         self._open(self._pool.take())
 
     def upload(self) -> None:
@@ -1384,6 +1951,10 @@ class Exchange:
         """
         client, upstream, seconds = self._client, self._upstream, self._seconds
         deadline, progress = time.monotonic() + seconds, 0
+        if self._rest:
+            upstream.sock.setblocking(False)
+            self._push(self._rest)
+            self._rest = b""
         for wire in (client, upstream) if not self.body.done else ():
             wire.sock.setblocking(False)
         while not (self.body.done or self._given_up or upstream.ahead):
@@ -1420,7 +1991,7 @@ class Exchange:
         head, self._upstream.ahead = found
         return _upstreams(parse_answer, head, self._request.method)
 
-    def bring(self, answer: Head, head: bytes, chunked: bool) -> None:
+    def bring(self, answer: Head, head: bytes, chunked: bool, relay: Relay | None) -> None:
         """Bring the answer to the client: this head, then the content, piece by piece.  Raises as read_head() does."""
         self._answer = BodyReader(answer.framing, chunked, self.received.add)
         data, self._upstream.ahead = self._upstream.ahead, b""
@@ -1428,8 +1999,8 @@ class Exchange:
         while not self._answer.done:
             self._client.send(self._unsent)
             self._unsent = b""
-            if self._relay and chunked:
-                self._lend(self._relay)
+            if relay and chunked:
+                self._lend(relay)
             if not self._unsent:
                 data = self._upstream.receive(may_end=answer.framing == UNTIL_CLOSE)
                 self._answer.done = not data
@@ -1437,6 +2008,18 @@ class Exchange:
         # Before the client has the end of the answer, since its next request may follow at once and need a connection.
         self.end(reusable=keeps_alive(answer) and answer.framing != UNTIL_CLOSE and not self._answer.rest)
         self._client.send(self._unsent)
+
+    def collect(self, answer: Head) -> bytes:
+        """The whole content of a short answer.  Raises as read_head() does, and UpstreamError 502 if it is long."""
+        body, content = BodyReader(answer.framing), bytearray()
+        data, self._upstream.ahead = self._upstream.ahead, b""
+        content += _upstreams(body.feed, data)
+        while not body.done and (data := self._upstream.receive(may_end=answer.framing == UNTIL_CLOSE)):
+            content += _upstreams(body.feed, data)
+            if len(content) > MAX_JUDGED:
+                raise UpstreamError(502, "the upstream's list of models is too long")
+        self.end(reusable=keeps_alive(answer) and answer.framing != UNTIL_CLOSE and not body.rest)
+        return bytes(content)
 
     def end(self, reusable: bool = False) -> None:
         """Keep the upstream's connection for another request, or close it, which stops the model.  May be repeated."""
@@ -1522,6 +2105,7 @@ class Gateway(NamedTuple):
     keys: Watched[Keys]
     log: LogFile
     pool: Pool
+    limits: Limits
     watchman: Watchman
     report: Callable[[str], None]
 
@@ -1572,7 +2156,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _answer_plain_http(self) -> None:
         """Answer a client that sent plain HTTP.  OpenSSL has consumed its request, so the log cannot show it."""
-        append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), new_record(self.peer, 400), 0))
+        append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), new_record(self.peer, 400)))
         answer = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nThis port speaks https.\n"
         with contextlib.suppress(OSError):
             self.unread = bool(socket.socket.send(self.request, answer))  # below TLS
@@ -1592,11 +2176,13 @@ class Handler(socketserver.BaseRequestHandler):
         """The life of a request; True if the connection can carry another."""
         self.began, began = datetime.now(timezone.utc), time.monotonic()
         self.record = new_record(self.peer)
+        self.record["flags"] = None if self.settings.scan == "off" else []
         self.unread, self.answering = True, False  # answering: a head went out, after which there can be no other
         self.cors: list[bytes] = []
         try:
             request = self._read_request()
-            return self._admit(request) and self._forward(request)
+            key = self._admit(request)
+            return key is not None and self._limited(key, request)
         except Refusal as refusal:
             self._refuse(refusal)
         except ClientLeft:
@@ -1606,71 +2192,178 @@ class Handler(socketserver.BaseRequestHandler):
             self.gateway.report(fault(error))
             self._refuse(Refusal(500, "the gateway failed; its standard error says where"))
         finally:
-            append_line(self.gateway.log, audit_line(self.began, self.record, time.monotonic() - began))
+            self.record["duration_ms"] = round((time.monotonic() - began) * 1000)
+            append_line(self.gateway.log, audit_line(self.began, self.record))
         return False
 
     def _read_request(self) -> Head:
         """Read a request's head.  Raises ClientError, ClientLeft."""
         wire, deadline = self.wire, time.monotonic() + self.settings.header_timeout
+        paths = self.gateway.keys.value.paths
         try:
             while not (found := split_head(wire.ahead)):
                 wire.ahead += wire.receive(deadline, lambda: ClientError(408, "the request's head came too slowly"))
         finally:
-            self.record["method"], self.record["path"] = requested(wire.ahead)
+            self.record["method"], self.record["path"] = requested(wire.ahead, paths)
         head, wire.ahead = found
-        return parse_request(head)
+        return parse_request(head, paths)
 
-    def _admit(self, request: Head) -> bool:
-        """Check the key, and that the log can be written; False if a preflight has been answered, which has no key.
+    def _admit(self, request: Head) -> Key | None:
+        """Check the key, that the log can be written, and the role; None if a preflight, without a key, was answered.
 
         Raises ClientError 403 or 503.
         """
         origin = request.fields.get(b"origin", b"")
         if any(pattern.fullmatch(origin.decode("latin-1")) for pattern in self.settings.cors_origin):
             self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
+            request.fields.drop(b"origin")  # Ollama refuses origins that it does not know
             if request.method == b"OPTIONS" and b"access-control-request-method" in request.fields:
                 self._answer(204, preflight_lines(request))
-                return False
-        key = find_key(self.gateway.keys.value, presented_keys(request.fields), self.began.date())
-        if not key:
-            raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY")
-        self.record["key"] = key.name
+                return None
+        presented = presented_keys(request.fields)
+        key, flaw = find_key(self.gateway.keys.value, presented, self.began.date(), request.secret)
+        self.record["key"], self.record["charged"] = key and key.name, 0 if key and key.tokens else None
+        if flaw == "trap" and key:
+            self.gateway.report(f"the trap key {key.name} was used from {self.peer}")
+        if flaw or not key:
+            raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY", flaw)
         if not is_writable(self.gateway.log):
             raise ClientError(503, "the audit log cannot be written; until it can, nothing is forwarded")
-        return True
+        check_role(key.role, request.method, request.path)
+        return key
 
-    def _forward(self, request: Head) -> bool:
-        """Send the request on and bring the answer; True if the connection can carry another request."""
-        without = b"origin" if self.cors else b""  # Ollama refuses origins that it does not know
-        exchange = Exchange(self.gateway.pool, self.relay, self.wire, request, self.settings.body_timeout)
+    def _limited(self, key: Key, request: Head) -> bool:
+        """Forward the request within the key's limits, as long as the key is valid.  Raises ClientError 429."""
+        limits, today = self.gateway.limits, self.began.date()
+        counted = request.method in COUNTED and any((*key.rate, key.tokens, key.parallel))
+        if counted:
+            limits.enter(key, today, time.monotonic_ns())
+        self.wire.objection, self.held = lambda: self._revoked(key), 0
         try:
-            exchange.begin(forwarded_head(request, self.settings.upstream, self.peer, without))
-            expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
-            if expects and not exchange.body.done:
-                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._judge(key, request)
+            return self._forward(key, request)
+        finally:
+            self.wire.objection = lambda: None
+            if self.held:
+                limits.hold(-self.held)
+            if counted:
+                limits.leave(key, today, self.record["charged"] or 0)
+
+    def _revoked(self, key: Key) -> ClientError | None:
+        """The reason to end a request, if its key was deleted, has expired or became a trap meanwhile."""
+        now = self.gateway.keys.value.get(key.digest)
+        valid = now and not now.trap and datetime.now(timezone.utc).date() <= now.expires
+        return None if valid else ClientError(403, "the key is no longer valid", "revoked")
+
+    def _judge(self, key: Key, request: Head) -> None:
+        """Check what the request says, before anything is forwarded, where its key or --scan ask for that."""
+        if key.models:
+            check_way(request, key.models)
+        scan = self.settings.scan
+        scanned = scan != "off" and asks_a_model(request) and may_be_scanned(request.fields, scan)
+        if not (key.models or scanned):
+            return
+        content, excerpt, value = self._read_whole(request), Excerpt(), None
+        excerpt.add(content)
+        self.record["model"] = model_name(request.target, b"", excerpt)
+        with self.wire.until(self.wire, sys.maxsize):  # this does not block, but takes so long that others have a turn
+            if key.models and (content or asks_a_model(request)):
+                value = check_body(content, request, key.models)
+            found = self._scan(value or _parsed(content)) if scanned else []
+        self.record["flags"] = found if scanned else self.record["flags"]
+        if found and self._scan(self.record["model"]):
+            self.record["model"] = None
+        if found and scan == "block":
+            raise ClientError(400, f"the prompt holds what looks like a secret: {', '.join(found)}", "scan")
+
+    def _scan(self, value: Any) -> list[str]:
+        """The kinds of secrets in what a request says; other threads run meanwhile."""
+        return find_secrets(value, self.gateway.keys.value, lambda: time.sleep(0))
+
+    def _read_whole(self, request: Head) -> bytes:
+        """The body, which stays on the wire, to be forwarded as it came.  Raises ClientError 408, 413 or 503."""
+        wire, body, content = self.wire, BodyReader(request.framing), bytearray()
+        self._continue(request, body)
+        data, wire.ahead = wire.ahead, b""
+        pieces, slow = [], lambda: ClientError(408, "the request's body came too slowly")
+        progress, deadline = 0, time.monotonic() + self.settings.body_timeout
+        while True:
+            pieces.append(data)
+            content += body.feed(data)
+            self.gateway.limits.hold(len(data))
+            self.held += len(data)
+            if max(request.framing, self.held) > MAX_JUDGED:
+                raise ClientError(413, f"the body is longer than {MAX_JUDGED >> 20} MiB", "size")
+            if body.done:
+                wire.ahead = b"".join(pieces)
+                return bytes(content)
+            data = wire.receive(deadline, slow)
+            progress += len(data)
+            if progress >= MIN_PROGRESS:
+                progress, deadline = 0, time.monotonic() + self.settings.body_timeout
+
+    def _continue(self, request: Head, body: BodyReader) -> None:
+        """Ask for the body, if the client waits for that (RFC 9110, 10.1.1)."""
+        expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
+        if expects and not body.done and not self.wire.ahead:
+            self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _forward(self, key: Key, request: Head) -> bool:
+        """Send the request on and bring the answer; True if the connection can carry another request."""
+        meter = Meter if key.tokens else Excerpt
+        exchange = Exchange(self.gateway.pool, self.wire, request, self.settings.body_timeout, meter)
+        if key.models and request.path in LISTS:
+            for name in (b"accept-encoding", b"range"):  # or the list could not be read
+                request.fields.drop(name)
+        answer = None
+        try:
+            exchange.begin(forwarded_head(request, self.settings.upstream, self.peer))
+            self._continue(request, exchange.body)
             for _ in range(MAX_INTERIM):
                 exchange.upload()
                 answer = exchange.read_head()
                 if answer.status >= 200:
-                    return self._bring(request, exchange, answer)
+                    return self._bring(key, request, exchange, answer)
                 if answer.status > 100 and request.version == b"1.1":  # the gateway sends 100 itself
                     self.wire.send(answer_head(answer, self.settings.upstream))
             raise UpstreamError(502, "the upstream sends interim answers without end")
         finally:
             exchange.end()
-            self.record["model"] = model_name(request.target, request.fields.get(b"content-type", b""), exchange.sent)
-            self.record["prompt_tokens"], self.record["response_tokens"] = token_counts(exchange.received)
+            self._note(key, request, exchange, answer)
 
-    def _bring(self, request: Head, exchange: Exchange, answer: Head) -> bool:
+    def _note(self, key: Key, request: Head, exchange: Exchange, answer: Head | None) -> None:
+        """Note the model, the tokens, and what the key is charged for them."""
+        record = self.record
+        record["model"] = model_name(request.target, request.fields.get(b"content-type", b""), exchange.sent)
+        if record["flags"] and record["model"] and self._scan(record["model"]):
+            record["model"] = None
+        record["prompt_tokens"], record["response_tokens"] = counts = token_counts(exchange.received)
+        if key.tokens and any(counts):
+            record["charged"] = sum(filter(None, counts))
+        elif key.tokens and answer and answer.status == 200 and asks_a_model(request):
+            record["charged"] = estimate(answer.fields.get(b"content-type", b""), exchange.sent, exchange.received)
+
+    def _bring(self, key: Key, request: Head, exchange: Exchange, answer: Head) -> bool:
         """Bring the answer to the client; True if the connection can carry another request."""
         self.record["status"] = answer.status
         chunked = answer.framing < 0 and request.version == b"1.1"
         keep = keeps_alive(request) and exchange.body.done and not self.gateway.watchman.stopping
-        added = [*self.cors, *[b"Transfer-Encoding: chunked"] * chunked, *[b"Connection: close"] * (not keep)]
-        without = b"access-control-allow-origin" if self.cors else b""
-        self.answering = True
+        added = [*self.cors, *[b"Connection: close"] * (not keep)]
+        if self.cors:
+            answer.fields.drop(b"access-control-allow-origin")
+        upstream = self.settings.upstream
         try:
-            exchange.bring(answer, answer_head(answer, self.settings.upstream, added, without), chunked)
+            if key.models and answer.status == 200 and request.path in LISTS and request.method != b"HEAD":
+                shown = visible(exchange.collect(answer), key.models)
+                if shown is None:
+                    raise UpstreamError(502, "the upstream's list of models cannot be read")
+                answer.fields.drop(b"content-length")
+                self.answering = True
+                self.wire.send(answer_head(answer, upstream, [*added, b"Content-Length: %d" % len(shown)]) + shown)
+            else:
+                added += [b"Transfer-Encoding: chunked"] * chunked
+                self.answering = True
+                exchange.bring(answer, answer_head(answer, upstream, added), chunked, self.relay)
         except ClientLeft:
             if has_said_all(exchange.received):
                 return False  # it has the whole answer, and the status stays
@@ -1680,8 +2373,9 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer with an error in the format of the API that was asked."""
-        body = error_body(self.record["path"] or "", refusal.status, str(refusal))
-        lines = [b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
+        self.record["refused"] = refusal.rule
+        body = error_body(self.record["path"] or "", refusal.status, str(refusal), refusal.rule)
+        lines = [*refusal.lines, b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
         self._answer(refusal.status, lines, b"" if self.record["method"] == "HEAD" else body)
 
     def _answer(self, status: int, lines: list[bytes], body: bytes = b"") -> None:
@@ -1848,10 +2542,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.  Returns 0 after a clean stop, 1 if the gateway cannot run, 2 if it was told wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] != ["keygen"]:
-            return serve(parse_arguments(arguments))
-        print(key_line(*arguments[1:]))
-        return 0
+        commands = {"keygen": keygen, "verify-log": verify, "usage": report_usage}
+        command = commands.get(arguments[0]) if arguments else None
+        return command(arguments[1:]) if command else serve(parse_arguments(arguments))
     except KeyboardInterrupt:  # Ctrl+C before stop_on_signals() was called
         return 130
     except Exception as error:  # caught whatever it is, because a traceback might show an API key
@@ -1859,18 +2552,97 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if type(error) is OperatorError else 1
 
 
+def keygen(argv: Sequence[str]) -> int:
+    """Print a fresh line for the key file."""
+    print(key_line(*argv))
+    return 0
+
+
+def report_usage(argv: Sequence[str]) -> int:
+    """Print who used what, from audit logs."""
+    parser = _Parser(prog="gateway usage", allow_abbrev=False)
+    parser.add_argument("files", metavar="FILE", nargs="*", help="audit logs, also rotated and .gz ones [gateway.log]")
+    parser.add_argument("--by", type=dimensions, default="day,key", help=f"group by {', '.join(DIMENSIONS)} [day,key]")
+    parser.add_argument("--since", type=a_day, default="0001-01-01", help="the first day, like 2026-11-01 (UTC)")
+    parser.add_argument("--until", type=a_day, default="9999-12-31", help="the last day, which is included")
+    parser.add_argument("--keys", metavar="FILE", default="keys.txt", help="the key file, for the share of limits")
+    forms = parser.add_mutually_exclusive_group()
+    for form in ("json", "csv", "html"):
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
+    given = parser.parse_args(argv)
+    limits = {key.name: key.tokens for key in load_keys(given.keys).values() if key.tokens}
+    sums: Sums = {}
+    others = 0
+    for path in given.files or [os.environ.get("GATEWAY_LOG") or "gateway.log"]:
+        with explained(f"cannot read {path}", "see that it is there, and an audit log"):
+            others += sum_up(path, sums, given.since, given.until, lambda lines: tell(f"{path}: {lines:,} lines"))  # noqa: B023
+    tell("")
+    show_usage(usage_rows(sums, given.by, limits), given.by, sums, given.form)
+    if others:
+        say(f"{others} lines were left out, since they are no audit lines")
+    return 0
+
+
+def dimensions(text: str) -> list[str]:
+    """The dimensions that a list names.  Raises ValueError."""
+    return sorted({*text.split(",")}, key=DIMENSIONS.index)
+
+
+def a_day(text: str) -> str:
+    """A day as it stands in the log.  Raises ValueError."""
+    return date(*map(int, re.findall("[0-9]+", text))).isoformat()
+
+
+def tell(progress: str) -> None:
+    """Show progress on a terminal, in place of what was there."""
+    if os.isatty(2):
+        print(f"\r\x1b[K{progress}", end="", file=sys.stderr, flush=True)
+
+
+def show_usage(rows: Sequence[dict[str, Any]], by: Sequence[str], sums: Sums, form: str | None) -> None:
+    """Print the report in one of its forms."""
+    import csv  # noqa: PLC0415 - is needed here only
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
+    if form == "json":
+        print(json.dumps({"rows": rows, "total": usage_total(rows)}))
+    elif form == "csv":
+        writer = csv.DictWriter(sys.stdout, [*by, *_COLUMNS, "share"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    elif form == "html":
+        print(usage_page(rows, by, sums))
+    else:
+        print(*usage_table(rows, by, bars=os.isatty(1)), sep="\n")
+
+
+def verify(argv: Sequence[str]) -> int:
+    """Check an audit log: 0 if no line was changed, else 1."""
+    parser = _Parser(prog="gateway verify-log", allow_abbrev=False)
+    parser.add_argument("files", metavar="FILE", nargs="+", help="the log, its rotated parts first, oldest first")
+    parser.add_argument("--head", metavar="HASH", help="a digest that the gateway told; it must be that of a line")
+    given = parser.parse_args(argv)
+    for line in verify_log(given.files, given.head):
+        print(line)
+    return 0
+
+
 def serve(settings: Settings) -> int:
     """Serve until a signal says stop.  All mistakes in the settings are found before the port is bound."""
     wanted, upstream = settings.max_connections, start_demo() if settings.demo else settings.upstream
     settings = settings._replace(upstream=upstream, max_connections=min(wanted, possible_connections()))
-    line = key_line("first")
+    line = key_line("first", "role=admin")
     fresh = not os.path.lexists(settings.keys) and create_file(settings.keys, f"{line}\n".encode(), 0o600)
     ensure_certificate(settings.cert, settings.cert_key, settings.name)
     keys = Watched(lambda: load_keys(settings.keys), settings.keys)
     if not keys.value:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
-    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings), Watchman(), say)
+    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings), Limits(), Watchman(), say)
+    if any(key.tokens for key in keys.value.values()):
+        today = datetime.now(timezone.utc).date()
+        gateway.limits.charged[today] = charged_on(settings.log, today)
     with explained(f"cannot listen on {host_and_port(*settings.listen)}", "choose another place with --listen", Unable):
         server = Server(gateway, context)
     stop_on_signals(server)
@@ -1879,17 +2651,20 @@ def serve(settings: Settings) -> int:
     relays = [server.relay.run] if server.relay else []
     for run in (lambda: server.serve_forever(TICK), gateway.watchman.run, *relays):
         threading.Thread(target=run, daemon=True).start()
-    announce(settings, keys.value, server.socket.getsockname()[1], line.split()[0] if fresh else "", wanted)
+    announce(gateway, server.socket.getsockname()[1], line.split()[0] if fresh else "", wanted)
     return keep_house(server)
 
 
 def keep_house(server: Server) -> int:
     """While other threads serve, follow the files and close idle connections.  Returns the exit status at the end."""
-    gateway = server.gateway
+    gateway, day = server.gateway, datetime.now(timezone.utc).date()
     try:
         while not gateway.watchman.stopping:
-            for news in filter(None, (gateway.keys.refresh(), server.context.refresh(), log_news(gateway.log))):
+            for news in filter(None, (gateway.keys.refresh(), server.context.refresh(), *log_news(gateway.log))):
                 say(news)
+            before, day = day, datetime.now(timezone.utc).date()
+            if day != before:
+                say(log_head(gateway.log))
             gateway.pool.prune()
             time.sleep(TICK)
     except Exception as error:
@@ -1898,7 +2673,8 @@ def keep_house(server: Server) -> int:
     server.server_close()
     server.drain(gateway.settings.grace)
     unwritten = unwritten_lines(gateway.log).decode()
-    say("Gateway stopped" + (f", but could not write these audit lines:\n{unwritten}" if unwritten else ""))
+    failed = f", but could not write these audit lines:\n{unwritten}" if unwritten else ""
+    say(f"Gateway stopped; {log_head(gateway.log)}{failed}")
     return 1 if unwritten else 0
 
 
@@ -1941,8 +2717,9 @@ def possible_connections() -> int:
     return max(1, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63 - 32) // 2)
 
 
-def announce(settings: Settings, keys: Keys, port: int, fresh_key: str, wanted: int) -> None:
+def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int) -> None:
     """Tell the operator how to use the gateway, and what is wrong with its settings."""
+    settings, keys, head = gateway.settings, gateway.keys.value, log_head(gateway.log)
     host, upstream, cert, most = settings.listen[0], settings.upstream, settings.cert, settings.max_connections
     everywhere, near = host in ("", "0.0.0.0", "::"), upstream.host in ("127.0.0.1", "::1", "localhost")  # noqa: S104
     listen = host_and_port("" if everywhere else host, port)
@@ -1967,7 +2744,7 @@ def announce(settings: Settings, keys: Keys, port: int, fresh_key: str, wanted: 
         ("Connections", f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)", most < wanted),
         ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
         ("WARNING", f"{cert} {flaw}; move it and {settings.cert_key} away to have a new pair made", flaw),
-        ("Audit log", "standard output" if settings.log == "-" else settings.log),
+        ("Audit log", f"{'standard output' if settings.log == '-' else settings.log}; {head}"),
         ("Try", f'curl --cacert {cert} -H "X-Api-Key: {shown or "YOUR-KEY"}" {url}/api/{example}')]  # fmt: skip
     lines = "".join(f"\n  {label:<12} {text}" for label, text, *conditions in rows if all(conditions))
     say(f"Gateway listening on {listen}, upstream {host_and_port('' if near else upstream.host, upstream.port)}{lines}")
@@ -1995,7 +2772,8 @@ OPTIONS: Final = [("--" + name.replace("_", "-"), *hint.__metadata__) for name, 
 def parse_arguments(argv: Sequence[str]) -> Settings:
     """Read all options.  A flag takes precedence over its environment variable, and that one over the default."""
     parser = _Parser(prog="gateway", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False,
-                     epilog="gateway keygen [NAME] prints a fresh line for the key file.")  # fmt: skip
+                     epilog="gateway keygen [NAME] [OPTION...] prints a fresh line for the key file; gateway "
+                     "verify-log FILE... checks an audit log, and gateway usage sums it up.")  # fmt: skip
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
     for flag, what, _, default, about in OPTIONS:
         variable = "GATEWAY_" + flag[2:].replace("-", "_").upper()

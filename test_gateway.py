@@ -15,18 +15,21 @@ import inspect
 import json
 import os
 import queue
+import random
 import re
 import select
 import shutil
 import signal
 import socket
 import ssl
+import string
 import struct
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -502,10 +505,11 @@ def test_every_request_adds_exactly_one_log_line(gate: RunningGateway, upstream:
     gate.say(b"nonsense\r\n\r\n")
     allowed, refused, malformed = gate.log(3)
     assert allowed.pop("duration_ms") >= 0
+    assert re.fullmatch("None|[0-9a-f]{64}", str(allowed.pop("prev")))
     began = datetime.strptime(allowed.pop("timestamp"), "%Y-%m-%dT%H:%M:%S.%f%z")
     assert abs(datetime.now(timezone.utc) - began) < timedelta(minutes=1)
     assert allowed == {"key": "alice", "path": "/api/chat", "prompt_tokens": 10, "response_tokens": 24, "status": 200,
-                       "method": "POST", "model": "smollm2", "client": "127.0.0.1"}
+                       "method": "POST", "model": "smollm2", "client": "127.0.0.1", "refused": None, "charged": None, "flags": None}
     assert (refused["key"], refused["path"], refused["status"]) == (None, "/api/tags", 403)
     assert (malformed["key"], malformed["path"], malformed["status"]) == (None, None, 400)
 
@@ -616,7 +620,7 @@ def recorded(name: str) -> bytes:
 def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     flag, _, parse, default, _ = option
     examples = {"--listen": ("[::1]:1", "h:2"), "--upstream": ("https://a/b", "http://c:1"),
-                "--cors-origin": ("https://a", "https://b:1"), "--name": ("a_b", "::1")}
+                "--cors-origin": ("https://a", "https://b:1"), "--name": ("a_b", "::1"), "--scan": ("flag", "block")}
     variable, name = "GATEWAY_" + flag[2:].upper().replace("-", "_"), flag[2:].replace("-", "_")
     first, second = examples.get(flag, ("7", "9"))
 
@@ -630,7 +634,7 @@ def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, mo
     assert getattr(gateway.parse_arguments([flag, second]), name) == of(second)
     monkeypatch.setenv(variable, "<")
     if parse is not str:
-        with pytest.raises(gateway.OperatorError, match=rf"^{variable} is not understood; it takes {option[1]}: "):
+        with pytest.raises(gateway.OperatorError, match=rf"^{variable} is not understood; it takes {re.escape(option[1])}: "):
             gateway.parse_arguments([])
     assert getattr(gateway.parse_arguments([flag, second]), name) == of(second)
 
@@ -870,13 +874,13 @@ GOOD_KEY_FILES = {
 def test_key_files_that_are_understood(text: str, name: str | None, encoding: str, tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_bytes(text.encode(encoding).replace(b"\xff\xfe\xff\xfe", b"\xff\xfe"))
     keys = gateway.load_keys(str(tmp_path / "keys.txt"))
-    found = gateway.find_key(keys, [b"", KEY.encode()], datetime.now(timezone.utc).date())
-    assert (found and found.name) == name
-    assert gateway.find_key(keys, [b"", b" ", b"#", DIGEST.encode(), WRONG_KEY.encode()], date.min) is None
+    found, flaw = gateway.find_key(keys, [b"", KEY.encode()], datetime.now(timezone.utc).date())
+    assert (found.name if found and not flaw else None) == name
+    assert gateway.find_key(keys, [b"", b" ", b"#", DIGEST.encode(), WRONG_KEY.encode()], date.min) == (None, "key")
 
 
 BAD_KEY_FILES = {
-    "an unknown option": (f"{KEY} role=admin", 1),
+    "an unknown option": (f"{KEY} colour=red", 1),
     "a word that is no option": (f"ok\n{KEY} {WRONG_KEY}", 2),
     "an option twice": (f"{KEY} name=a name=b", 1),
     "an empty name": (f"{KEY} name=", 1),
@@ -903,8 +907,9 @@ def test_keygen_prints_a_line_that_works(tmp_path: Path, capsys: pytest.CaptureF
         line = capsys.readouterr().out
         assert re.match(r"ztg_[0-9A-Za-z]{43}(\s|$)", line)
         (tmp_path / "keys.txt").write_text(line)
-        key = gateway.find_key(gateway.load_keys(str(tmp_path / "keys.txt")), [line.split()[0].encode()], date.min)
+        key, flaw = gateway.find_key(gateway.load_keys(str(tmp_path / "keys.txt")), [line.split()[0].encode()], date.min)
         assert key
+        assert (key.role, flaw) == ("user", None)
         assert key.name.startswith(name)
         assert not key.weak
 
@@ -1702,8 +1707,9 @@ def test_no_client_can_make_a_line_that_might_block_a_pipe() -> None:
     method, path = gateway.requested(b"A" * 8000 + b" /" + "\U0001f600".encode() * 2000 + b" HTTP/1.1")
     excerpt = gateway.Excerpt()
     excerpt.add(json.dumps({"model": "\U0001f600" * 500}).encode())
-    worst = {**gateway.new_record("::1"), "key": "n" * 64, "method": method, "path": path, "model": gateway.model_name(b"/", b"", excerpt)}
-    assert len(gateway.audit_line(datetime.now(timezone.utc), worst, 1e6)) <= 4096
+    worst = {**gateway.new_record("::1"), "key": "n" * 64, "method": method, "path": path, "model": gateway.model_name(b"/", b"", excerpt),
+             "duration_ms": 10**9, "refused": "parallel", "charged": 10**9, "flags": ["private-key", "gateway-key", "anthropic"] * 4}
+    assert len(gateway.audit_line(datetime.now(timezone.utc), worst) + b', "prev": "%b"}\n' % (b"0" * 64)) <= 4096
 
 
 def test_a_log_that_was_moved_or_deleted_is_begun_anew(gate: RunningGateway) -> None:
@@ -1795,12 +1801,16 @@ def test_a_pipe_that_nobody_reads_is_refused_at_the_start(tmp_path: Path) -> Non
         gateway.open_log(str(tmp_path / "fifo"))
 
 
-def test_a_line_has_the_time_first_and_the_duration_last() -> None:
-    record = {**gateway.new_record("::1"), "key": "al", "path": '/"\u2028', "prompt_tokens": 1}
+def test_a_line_has_the_time_first_and_the_digest_of_the_line_before_last(tmp_path: Path) -> None:
+    record = {**gateway.new_record("::1"), "key": "al", "path": '/"\u2028', "prompt_tokens": 1, "duration_ms": 13}
     began = datetime(2025, 6, 20, 14, 3, 4, 56_999, timezone.utc)
-    assert gateway.audit_line(began, record, 0.0126) == (
+    log = gateway.open_log(str(tmp_path / "log"))
+    gateway.append_line(log, gateway.audit_line(began, record))
+    assert Path(log.path).read_bytes() == (
         b'{"timestamp": "2025-06-20T14:03:04.056Z", "key": "al", "path": "/\\"\\u2028", "prompt_tokens": 1, "response_tokens": null, '
-        b'"status": 500, "method": null, "model": null, "client": "::1", "duration_ms": 13}\n')
+        b'"status": 500, "method": null, "model": null, "client": "::1", "duration_ms": 13, "refused": null, "charged": null, '
+        b'"flags": null, "prev": null}\n')
+    close(log)
 
 
 def close(log: gateway.LogFile) -> None:
@@ -1813,24 +1823,29 @@ def test_a_log_that_cannot_be_opened_is_not_writable_and_fills_up(tmp_path: Path
     log = gateway.open_log(str(tmp_path / "folder" / "log"))
     assert gateway.is_writable(log)
     shutil.rmtree(tmp_path / "folder")
-    assert gateway.log_news(log) == f"cannot write to {log.path}: nothing is forwarded"
-    assert [gateway.is_writable(log), gateway.append_line(log, b"1\n"), gateway.is_writable(log, tolerated=2)] == [False, False, True]
-    assert [gateway.append_line(log, b"2\n"), gateway.is_writable(log, tolerated=2)] == [False, False]
-    assert (gateway.unwritten_lines(log), gateway.log_news(log)) == (b"1\n2\n", None)
+    moved, failed = gateway.log_news(log)
+    assert "moved away" in moved
+    assert failed == f"cannot write to {log.path}: nothing is forwarded"
+    assert [gateway.is_writable(log), gateway.append_line(log, b"{1"), gateway.is_writable(log, tolerated=2)] == [False, False, True]
+    assert [gateway.append_line(log, b"{2"), gateway.is_writable(log, tolerated=2)] == [False, False]
+    first = b'{1, "prev": null}'
+    both = first + b'\n{2, "prev": "%b"}\n' % hashlib.sha256(first).hexdigest().encode()
+    assert (gateway.unwritten_lines(log), [*gateway.log_news(log)]) == (both, [])
     (tmp_path / "folder").mkdir()
     assert [gateway.is_writable(log, tolerated=2), gateway.is_writable(log), gateway.unwritten_lines(log)] == [True, True, b""]
-    assert Path(log.path).read_bytes() == b"1\n2\n"
-    assert gateway.log_news(log) == "the audit log is whole again"
+    assert Path(log.path).read_bytes() == both
+    assert [*gateway.log_news(log)] == ["the audit log is whole again"]
     close(log)
 
 
 def test_lines_of_many_threads_stand_whole_in_the_log(tmp_path: Path) -> None:
     log = gateway.open_log(str(tmp_path / "log"))
     with ThreadPoolExecutor(8) as threads:
-        written = list(threads.map(lambda number: gateway.append_line(log, b"%d\n" % number), range(2000)))
+        written = list(threads.map(lambda number: gateway.append_line(log, b'{"n": %d' % number), range(2000)))
     close(log)
     assert all(written)
-    assert sorted(map(int, Path(log.path).read_bytes().split())) == list(range(2000))
+    assert sorted(json.loads(line)["n"] for line in Path(log.path).read_bytes().splitlines()) == list(range(2000))
+    assert [*gateway.verify_log([log.path], None)][-1].startswith("2000 lines, ")
 
 
 def test_the_log_is_private(gate: RunningGateway) -> None:
@@ -3055,6 +3070,995 @@ def test_the_readme_lists_every_flag_as_it_is() -> None:
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{flag}"))
         assert "GATEWAY_" + flag[2:].upper().replace("-", "_") in row
         assert default is None or default in row
+
+
+# --- Access rules ---
+
+RULES = """
+key-admin name=admin role=admin
+key-user name=user role=user
+key-two name=two models=llama3.2,qwen3:*,hf.co/*/good*,mix*:cloud
+key-star name=star role=user models=*
+key-embed name=embed models=*embed,library/any*
+key-path name=path role=user path=yes
+key-trap name=bait trap
+key-old name=old expires=2020-01-01
+key-rate name=rate rate=2/day
+key-rate-2 name=rate rate=2/day
+key-fast name=fast rate=1/s
+key-one name=one parallel=1
+key-quota name=quota tokens=100/day
+key-quota-2 name=quota-2 tokens=1k/day
+key-quota-3 name=quota-3 tokens=1k/day
+key-sdk-quota name=sdk tokens=1/day
+"""
+
+
+@pytest.fixture(scope="session")
+def _rules(_upstream: FakeUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    where = ["--upstream", f"http://127.0.0.1:{_upstream.port}", "--body-timeout", "2"]
+    one = RunningGateway(tmp_path_factory.mktemp("rules"), *where, keys=RULES)
+    yield one
+    assert one.stop() == 0
+
+
+@pytest.fixture
+def rules(_rules: RunningGateway, upstream: FakeUpstream) -> RunningGateway:
+    """A gateway with a key for each rule; its log goes on, so a test looks at the lines that it added."""
+    with contextlib.suppress(AssertionError):
+        eventually(lambda: len(_rules.lines()) >= _rules.asked, seconds=0.5)
+    upstream.reset()
+    return _rules
+
+
+def settled(gate: RunningGateway) -> int:
+    """The number of lines in the log, once each request has its line, which comes after the answer."""
+    return eventually(lambda: len(gate.lines()) if len(gate.lines()) >= gate.asked else 0) if gate.asked else 0
+
+
+def refusal(gate: RunningGateway, before: int) -> dict[str, Any]:
+    """The one line that was added to the log."""
+    lines = eventually(lambda: gate.lines()[before:])
+    assert len(lines) == 1
+    return lines[0]
+
+
+def refused(gate: RunningGateway, upstream: FakeUpstream, raw: bytes, method: str = "POST") -> tuple[int, str]:
+    """The status and the rule by which this was refused; nothing of it may have reached the upstream."""
+    before = settled(gate)
+    status = gate.say(raw, method).status
+    line = refusal(gate, before)
+    assert line["status"] == status
+    assert not upstream.received
+    return status, line["refused"]
+
+
+KEY_LINES = {
+    "all": ("k name=a expires=2030-01-01 role=user models=a,b*:c rate=5/min tokens=2k/day parallel=3 path=yes", {
+        "name": "a", "role": "user", "rate": (5, 60 * 10**9), "tokens": 2000, "parallel": 3, "path": True, "expires": date(2030, 1, 1)}),
+    "none": ("k", {"role": "admin", "models": (), "rate": (0, 0), "tokens": 0, "parallel": 0, "path": False, "trap": False}),
+    "any order": ("k tokens=3M/day name=b", {"tokens": 3_000_000, "name": "b"}),
+    "a trap": ("k trap name=b", {"trap": True, "name": "b"}),
+    "per second": ("k rate=9/s", {"rate": (9, 10**9)}),
+    "per hour": ("k rate=9/h", {"rate": (9, 3600 * 10**9)}),
+    "per day": ("k rate=9/day", {"rate": (9, 86400 * 10**9)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "expected"), KEY_LINES.values(), ids=KEY_LINES.keys())
+def test_options_of_keys(line: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text(line)
+    [key] = gateway.load_keys(str(tmp_path / "keys.txt")).values()
+    assert {name: getattr(key, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("option", [
+    "role=root", "role=", "models=", "models=a,", "models=a b", "models=ä", "rate=0/s", "rate=5", "rate=5/year", "rate=-1/s", "rate=5/s/s",
+    "tokens=5", "tokens=5K/day", "tokens=0/day", "tokens=1.5k/day", "parallel=0", "parallel=x", "path=no", "path", "trap=yes", "trap=",
+    "trap role=user", "trap models=a", "colour=red", "rate=1/s rate=1/s", "Role=user", "tokens=1/day tokens=1/day", "expires=2030-02-30"])
+def test_a_wrong_option_is_told_with_its_line_and_without_its_text(option: str, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text(f"good\nthis-key-is-secret {option}\n")
+    with pytest.raises(gateway.OperatorError, match=r"keys\.txt:2: ") as error:
+        gateway.load_keys(str(tmp_path / "keys.txt"))
+    assert "this-key-is-secret" not in str(error.value)
+    assert not re.search("root|year|red|ä", str(error.value).partition("keys.txt:2: ")[2])
+
+
+def test_keygen_checks_the_options_and_makes_a_user(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, end in ((["alice", "rate=9/min"], "name=alice rate=9/min role=user"), ([], "role=user"), (["trap"], "trap"),
+                           (["bob", "role=admin"], "name=bob role=admin"), (["tokens=1k/day"], "tokens=1k/day role=user")):
+        assert gateway.main(["keygen", *arguments]) == 0
+        assert re.fullmatch(rf"ztg_\w{{43}}  {end}\n", capsys.readouterr().out)
+    for arguments in (["a", "b"], ["rate=x"], ["a", "trap", "role=user"]):
+        assert gateway.main(["keygen", *arguments]) == 2
+    assert gateway.key_line("first", "role=admin").endswith("name=first role=admin")
+
+
+FOR_USERS = [*(f"{method} {path}" for method in ("GET", "HEAD") for path in ("/", "/api/version", "/api/tags")),
+             "GET /api/status", "GET /api/ps", "GET /v1/models", "GET /health", "GET /v1/health", "POST /api/show", "POST /api/generate",
+             "POST /api/chat", "POST /api/embed", "POST /api/embeddings", "POST /v1/chat/completions", "POST /v1/completions",
+             "POST /v1/embeddings", "POST /v1/responses", "POST /v1/messages", "POST /v1/messages/count_tokens", "POST /v1/rerank",
+             "POST /v1/audio/transcriptions", "GET /v1/models/llama3.2", "GET /v1/models/hf.co%2Fa%2Fb:Q4"]  # fmt: skip
+NOT_FOR_USERS = ["POST /api/pull", "POST /api/push", "POST /api/create", "POST /api/copy", "DELETE /api/delete", "POST /api/blobs/sha256:0",
+                 "HEAD /api/blobs/sha256:0", "POST /api/me", "POST /api/signout", "DELETE /api/user/keys/x", "POST /api/%70ull",
+                 "POST /api%2Fpull", "POST //api/chat", "POST /api/chat/", "POST /API/chat", "GET /api/chat", "PUT /api/chat",
+                 "POST /api/chat/../pull", "GET /slots", "GET /metrics", "GET /props", "POST /models/load", "POST /invocations", "GET /v1/models/",
+                 "GET /v1/models/%252e%252e", "GET /v1/models/a%2F..%2Fb", "GET /v1/models/%2Fapi", "GET /v1/models/a//b", "GET /v1/models/a;b",
+                 "DELETE /v1/models/a", "POST /v1/models/a", "POST /api/experimental/x", "OPTIONS /api/tags", "GET /v1/models/a%2e%2e"]  # fmt: skip
+
+
+@pytest.mark.parametrize("route", FOR_USERS)
+def test_a_user_may_use_and_list_models(rules: RunningGateway, upstream: FakeUpstream, route: str) -> None:
+    method, path = route.split()
+    assert rules.ask(path + "?a=b", method=method, key="key-user").status == 200
+    assert upstream.received[0].head[0] == f"{route}?a=b HTTP/1.1".encode()
+
+
+@pytest.mark.parametrize("route", NOT_FOR_USERS)
+def test_a_user_may_do_nothing_else_and_an_admin_all(rules: RunningGateway, upstream: FakeUpstream, route: str) -> None:
+    method, path = route.split()
+    assert refused(rules, upstream, request(path, method=method, key="key-user"), method) == (403, "role")
+    assert rules.ask(path, method=method, key="key-admin").status == 200
+    assert upstream.received[0].head[0] == f"{route} HTTP/1.1".encode()
+
+
+def test_ollama_run_works_for_a_user(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    body = b'{"model":"llama3.2"}'
+    for method, path, sent in (("HEAD", "/", b""), ("POST", "/api/show", body), ("POST", "/api/show", body), ("POST", "/api/generate", body),
+                               ("POST", "/api/chat", body)):
+        assert rules.ask(path, sent, method=method, key="key-user").status == 200
+    assert len(upstream.received) == 5
+
+
+NAMES = {
+    "key-two": (["llama3.2", "llama3.2:latest", "LLAMA3.2", "library/llama3.2", "registry.ollama.ai/library/llama3.2:latest", "qwen3:8b", "qwen3",
+                 "hf.co/me/good-one:Q4", "mixtral:cloud", "llama3.2:local"],
+                ["llama3.2:1b", "llama3", "qwen3.5", "hf.co/a/b/good", "hf.co/me/bad", "http://x/llama3.2", "other/llama3.2", "", "-llama3.2",
+                 "llama3.2*", "llama3.2 ", "qwen3:480b-cloud", "x" * 500]),
+    "key-star": (["anything", "a/b/c:d", "my-cloud"], ["gpt-oss:120b-cloud", "glm:cloud", "a b"]),
+    "key-embed": (["any", "anything:8b", "library/any"], ["nomic-embed", "nomic-embed:latest", "a/any"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_names_of_models_are_compared_as_ollama_reads_them(rules: RunningGateway, upstream: FakeUpstream, key: str) -> None:
+    for name in NAMES[key][0]:
+        assert (name, rules.ask("/api/chat", json.dumps({"model": name}).encode(), key=key).status) == (name, 200)
+    upstream.received.clear()
+    for name in NAMES[key][1]:
+        body = json.dumps({"model": name}).encode()
+        assert (name, refused(rules, upstream, request("/api/chat", body, key=key))) == (name, (403, "model"))
+
+
+BYPASSES = {
+    "a coding": ("/api/chat", b"{}", ["Content-Encoding: gzip"], (415, "guard")),
+    "two codings": ("/api/chat", b"{}", ["Content-Encoding: identity", "Content-Encoding: br"], (415, "guard")),
+    "a form": ("/v1/audio/transcriptions", b"--x", ["Content-Type: Multipart/form-data; boundary=x"], (403, "model")),
+    "a model in the query": ("/v1/audio/transcriptions?a=b&%6dodel=x", b'{"model":"llama3.2"}', [], (403, "model")),
+    "a model in the query, behind ;": ("/api/chat?a;MODEL=x", b'{"model":"llama3.2"}', [], (403, "model")),
+    "a path with %": ("/api/%63hat", b'{"model":"llama3.2"}', [], (403, "model")),
+    "a path with //": ("//api/chat", b'{"model":"llama3.2"}', [], (403, "model")),
+    "a path with ;": ("/api/chat;x", b'{"model":"llama3.2"}', [], (403, "model")),
+    "a path with a backslash": ("/api\\chat", b'{"model":"llama3.2"}', [], (403, "model")),
+    "a dot segment": ("/api/./chat", b'{"model":"llama3.2"}', [], (403, "model")),
+    "two dots at the end": ("/api/chat/..", b'{"model":"llama3.2"}', [], (403, "model")),
+    "another model": ("/api/chat", b'{"model":"x"}', [], (403, "model")),
+    "a model twice": ("/api/chat", b'{"model":"llama3.2","model":"x"}', [], (400, "guard")),
+    "a member twice, deep inside": ("/api/chat", b'{"model":"llama3.2","a":[{"b":1,"b":2}]}', [], (400, "guard")),
+    "a member twice by an escape": ("/api/chat", b'{"model":"llama3.2","mod\\u0065l":"x"}', [], (400, "guard")),
+    "MODEL": ("/api/chat", b'{"model":"llama3.2","MODEL":"x"}', [], (400, "guard")),
+    "a long s": ("/api/copy", '{"source":"llama3.2","\u017fource":"x","destination":"llama3.2"}'.encode(), [], (400, "guard")),
+    "a byte order mark": ("/api/chat", b'\xef\xbb\xbf{"model":"llama3.2"}', [], (400, "guard")),
+    "NaN": ("/api/chat", b'{"model":"llama3.2","a":NaN}', [], (400, "guard")),
+    "-Infinity": ("/api/chat", b'{"model":"llama3.2","a":-Infinity}', [], (400, "guard")),
+    "two documents": ("/api/chat", b'{"model":"llama3.2"}{"model":"x"}', [], (400, "guard")),
+    "something behind it": ("/api/chat", b'{"model":"llama3.2"} x', [], (400, "guard")),
+    "bytes that are not UTF-8": ("/api/chat", b'{"model":"llama3.2","a":"\xff"}', [], (400, "guard")),
+    "deep nesting": ("/api/chat", b'{"model":"llama3.2","a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", [], (400, "guard")),
+    "a list": ("/api/chat", b'[{"model":"llama3.2"}]', [], (400, "guard")),
+    "nothing": ("/api/chat", b"", [], (400, "guard")),
+    "no model": ("/api/chat", b"{}", [], (403, "model")),
+    "an empty name": ("/api/chat", b'{"model":""}', [], (403, "model")),
+    "no string": ("/api/chat", b'{"model":["llama3.2"]}', [], (403, "model")),
+    "a draft model": ("/v1/completions", b'{"model":"llama3.2","draft_Model":"x"}', [], (403, "model")),
+    "models": ("/v1/completions", b'{"model":"llama3.2","models":["x"]}', [], (403, "model")),
+    "fallbacks": ("/v1/completions", b'{"model":"llama3.2","Fallbacks":"llama3.2"}', [], (403, "model")),
+    "a name": ("/api/show", b'{"name":"x"}', [], (403, "model")),
+    "a destination": ("/api/copy", b'{"source":"llama3.2","destination":"x"}', [], (403, "model")),
+    "from": ("/api/create", b'{"model":"llama3.2","from":"x"}', [], (403, "model")),
+    "chunks": ("/api/chat", b'8\r\n{"model"\r\n5\r\n:"x"}\r\n0\r\n\r\n', ["Transfer-Encoding: chunked"], (403, "model")),
+    "another model in the path": ("/v1/models/x", b"", [], (403, "model")),
+    "a body of 33 MiB": ("/api/chat", b"{", [f"Content-Length: {33 << 20}"], (413, "size")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "lines", "expected"), BYPASSES.values(), ids=BYPASSES.keys())
+def test_nothing_gets_past_the_guard(
+    rules: RunningGateway, upstream: FakeUpstream, path: str, body: bytes, lines: list[str], expected: tuple[int, str]
+) -> None:
+    assert refused(rules, upstream, request(path, body, *lines, key="key-two")) == expected
+
+
+def test_a_body_of_a_get_is_judged_and_an_empty_one_is_not(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    assert refused(rules, upstream, request("/api/show", b'{"model":"x"}', method="GET", key="key-two"), "GET") == (403, "model")
+    assert rules.ask("/api/version", method="GET", key="key-two").status == 200
+    assert rules.ask("/v1/models/LLAMA3.2", method="GET", key="key-two").status == 200
+
+
+def test_what_was_judged_is_forwarded_byte_for_byte(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    body = b' {"b" :1e5,\r\n"model":"ll\\u0061ma3.2", "\xc3\xa4":[ ]}\n'
+    assert rules.ask("/api/chat", body, key="key-two").status == 200
+    large = b'{"model":"llama3.2","a":"' + b"x" * 900_000 + b'"}'
+    assert rules.ask("/api/chat", large, key="key-two").status == 200
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    assert rules.ask("/api/chat", chunks, "Transfer-Encoding: chunked", key="key-two").status == 200
+    assert [len(message.body) for message in upstream.received] == [len(body), len(large), len(body)]
+    assert [upstream.received[0].body, upstream.received[2].body] == [body, body]
+
+
+def test_a_judged_request_may_ask_to_continue_and_pipeline(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    body = b'{"model":"llama3.2"}'
+    with rules.connect() as sock:
+        reader = Reader(sock)
+        sock.sendall(request("/api/chat", b"", f"Content-Length: {len(body)}", "Expect: 100-continue", key="key-two"))
+        assert reader.message(answer_to="POST").status == 100
+        sock.sendall(body + request("/api/chat", body, key="key-two"))
+        assert [reader.message(answer_to="POST").status for _ in range(2)] == [200, 200]
+    rules.asked += 1
+    assert [message.body for message in upstream.received] == [body, body]
+
+
+def test_a_judged_body_that_does_not_come_is_a_408(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    with rules.connect() as sock:
+        sock.sendall(request("/api/chat", b"{", "Content-Length: 9", key="key-two"))
+        assert Reader(sock).message(answer_to="POST").status == 408
+    assert not upstream.received
+
+
+def test_a_large_upload_that_is_refused_early_gets_its_answer(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    """The upstream answers from the head alone, and reads no more."""
+    def answer(sock: socket.socket) -> None:
+        Reader(sock).line()
+        sock.sendall(b"HTTP/1.1 413 No\r\nContent-Length: 2\r\n\r\nno")
+        sock.shutdown(socket.SHUT_WR)
+
+    upstream.raw = answer
+    body = b'{"model":"llama3.2","a":"' + b"x" * 8_000_000 + b'"}'
+    assert rules.ask("/api/chat", body, key="key-two").status == 413
+
+
+TAGS = b'{"models":[{"name":"llama3.2:latest","model":"llama3.2:latest"},{"name":"x:1","model":"x:1"},{"name":"qwen3:8b"},{"size":1},5]}'
+V1_MODELS = b'{"object":"list","models":[{"name":"x"}],"data":[{"id":"llama3.2:latest","object":"model"},{"id":"x"}]}'
+
+
+def test_lists_show_what_a_key_may_use(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    for answer, path in ((ok(TAGS), "/api/tags"), (ok(TAGS), "/api/ps"),
+                         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + gateway.chunk(TAGS) + b"0\r\n\r\n", "/api/tags")):
+        upstream.script = answer
+        shown = rules.ask(path, b"", "Accept-Encoding: gzip", method="GET", key="key-two")
+        assert [model["name"] for model in json.loads(shown.body)["models"]] == ["llama3.2:latest", "qwen3:8b"]
+        assert rules.ask(path, method="GET", key="key-user").body == TAGS
+    assert not upstream.received[0].values("accept-encoding")
+    upstream.script = ok(V1_MODELS)
+    assert json.loads(rules.ask("/v1/models", method="GET", key="key-two").body) == {
+        "object": "list", "models": [], "data": [{"id": "llama3.2:latest", "object": "model"}]}
+    upstream.script = b"HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\nno"
+    assert rules.ask("/api/tags", method="GET", key="key-two").body == b"no"
+    for broken in (ok(b"<html>"), ok(b"\x1f\x8b123"), ok(b"[]")):
+        upstream.script = broken
+        assert rules.ask("/api/tags", method="GET", key="key-two").status == 502
+    upstream.script = ok(b"")
+    assert rules.ask("/api/tags", method="HEAD", key="key-two").status == 200
+
+
+@pytest.mark.parametrize(("request_", "kinds"), {
+    "role": (("/{}", b"", [], "key-user"), (403, "permission_error", "permission_denied", "permission_error")),
+    "model": (("/{}", b'{"model":"x"}', [], "key-two"), (403, "invalid_request_error", "model_not_found", "permission_error")),
+    "guard": (("/{}", b"[", [], "key-two"), (400, "invalid_request_error", "invalid_json", "invalid_request_error")),
+    "coding": (("/{}", b"[", ["Content-Encoding: br"], "key-two"), (415, "invalid_request_error", None, "invalid_request_error")),
+    "size": (("/{}", b"[", [f"Content-Length: {33 << 20}"], "key-two"), (413, "invalid_request_error", None, "request_too_large")),
+    "key": (("/{}", b"", [], "nobody"), (403, "permission_error", "permission_denied", "permission_error")),
+    "tokens": (("/{}", b"", [], "key-sdk-quota"), (429, "insufficient_quota", "insufficient_quota", "rate_limit_error")),
+}.values(), ids=["role", "model", "guard", "coding", "size", "key", "tokens"])  # fmt: skip
+def test_refusals_speak_the_language_of_the_api(
+    rules: RunningGateway, upstream: FakeUpstream, request_: tuple[str, bytes, list[str], str], kinds: tuple[int, str, Any, str]
+) -> None:
+    _, body, lines, key = request_
+    if key == "key-sdk-quota":
+        upstream.script = ok(b'{"prompt_eval_count":5,"eval_count":5,"done":true}')
+        rules.ask("/api/chat", b"{}", key=key)
+    status, openai_type, code, anthropic_type = kinds
+    paths = ("/api/x", "/v1/x", "/v1/messages/x") if key == "key-user" else ("/api/chat", "/v1/completions", "/v1/messages")
+    answers = [rules.ask(path, body, *lines, key=key) for path in paths]
+    assert [answer.status for answer in answers] == [status] * 3
+    ollama, openai, anthropic = (json.loads(answer.body) for answer in answers)
+    assert isinstance(ollama["error"], str)
+    assert (openai["error"]["type"], openai["error"]["code"]) == (openai_type, code)
+    assert (anthropic["type"], anthropic["error"]["type"]) == ("error", anthropic_type)
+    assert answers[0].values("accept-encoding") == (["identity"] if status == 415 else [])
+
+
+def test_traps_expired_and_unknown_keys_look_alike(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    before = settled(rules)
+    answers = [rules.ask("/", b"{}", key=key) for key in ("key-trap", "key-old", "unknown")]
+    assert len({(*answer.head, answer.body) for answer in answers}) == 1
+    eventually(lambda: len(rules.lines()) == before + 3)
+    assert [(line["key"], line["refused"]) for line in rules.lines()[before:]] == [("bait", "trap"), ("old", "expired"), (None, "key")]
+    assert len(re.findall("trap key bait was used from 127.0.0.1", rules.stderr)) == 1
+    assert refused(rules, upstream, request("/", b"", "Authorization: Bearer key-admin", key="key-trap")) == (403, "trap")
+
+
+def test_the_rate_is_of_the_name_and_reading_is_free(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    assert [rules.ask(key=key).status for key in ("key-rate", "key-rate-2")] == [200, 200]
+    late = rules.ask(key="key-rate")
+    assert late.status == 429
+    assert 40_000 < int(late.values("retry-after")[0]) <= 43_200
+    assert late.values("x-should-retry") == ["false"]
+    assert late.values("x-ratelimit-limit-requests") + late.values("x-ratelimit-remaining-requests") == ["2", "0"]
+    assert re.fullmatch(r"2[34]h[0-9]+m[0-9]+s", late.values("x-ratelimit-reset-requests")[0])
+    assert rules.ask("/api/tags", method="GET", key="key-rate").status == 200
+    before = settled(rules)
+    rules.ask(key="key-rate-2")
+    assert refusal(rules, before)["refused"] == "rate"
+
+
+def test_a_raised_rate_works_at_once(start: Callable[..., RunningGateway], tmp_path: Path) -> None:
+    gate = start(keys="key-rate rate=1/day\n")
+    assert [gate.ask(key="key-rate").status for _ in range(2)] == [200, 429]
+    (tmp_path / "keys.txt").write_text("key-rate rate=100/s\n")
+    eventually(lambda: gate.said("new version"), seconds=2.0)
+    eventually(lambda: gate.ask(key="key-rate").status == 200, seconds=2.0)
+
+
+def test_limits_are_exact_about_time() -> None:
+    limits, key = gateway.Limits(), gateway.Key(b"", False, "n", rate=(3, 10**9))
+    def admitted(now: int) -> bool:
+        try:
+            limits.enter(key, date.min, now)
+        except gateway.ClientError:
+            return False
+        limits.leave(key, date.min, 0)
+        return True
+    assert [admitted(0) for _ in range(5)] == [True] * 3 + [False] * 2
+    assert [admitted(now) for now in (333_333_333, 333_333_334, 333_333_335, 10**9, 10**9)] == [False, True, False, True, False]
+    assert [admitted(now) for now in (10**10, 10**10, 10**10, 10**10)] == [True] * 3 + [False]
+
+
+def test_parallel_requests_are_bounded_and_freed(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def wait(sock: socket.socket, _: Message) -> None:
+        begun.set()
+        go.wait(PATIENCE)
+        sock.sendall(ok(b"{}"))
+
+    upstream.script = wait
+    with rules.connect() as sock:
+        sock.sendall(request(key="key-one"))
+        assert begun.wait(PATIENCE)
+        second = rules.ask("/v1/chat/completions", key="key-one")
+        assert (second.status, second.values("retry-after"), second.values("x-ratelimit-limit-requests")) == (429, ["1"], [])
+        assert json.loads(second.body)["error"]["code"] == "rate_limit_exceeded"
+        go.set()
+        assert Reader(sock).message(answer_to="POST").status == 200
+    eventually(lambda: rules.ask(key="key-one").status == 200)
+
+
+def charged(gate: RunningGateway, key: str, answer: bytes, path: str = "/api/chat", body: bytes = b"") -> Any:
+    before = settled(gate)
+    gate.ask(path, body, key=key)
+    return refusal(gate, before)["charged"]
+
+
+def test_the_days_tokens_are_charged_and_refused(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    upstream.script = ok(b'{"prompt_eval_count":60,"eval_count":50,"done":true}')
+    assert charged(rules, "key-quota", b"") == 110
+    answer = rules.ask("/v1/chat/completions", key="key-quota")
+    assert answer.status == 429
+    assert 1 <= int(answer.values("retry-after")[0]) <= 86_400
+    assert answer.values("x-ratelimit-limit-tokens") + answer.values("x-ratelimit-remaining-tokens") == ["100", "0"]
+    assert charged(rules, "key-quota", b"") == 0
+    assert rules.ask("/api/tags", method="GET", key="key-quota").status == 200
+    assert charged(rules, "key-user", b"") is None
+
+
+def test_what_nobody_counts_is_estimated(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    def stream(kind: str, *pieces: bytes) -> bytes:
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        return head.encode() + b"".join(map(gateway.chunk, pieces)) + b"0\r\n\r\n"
+
+    for answer, path, expected in (
+        (stream("text/event-stream; charset=utf-8", b"data: {}\n", b"\ndata: {}\n\ndata: [DONE]\n\n"), "/v1/chat/completions", 2 + 3),
+        (stream("text/event-stream", b"data: {}\r\n\r", b"\ndata: {}\r\n\r\n"), "/v1/messages", 2 + 2),
+        (stream("application/x-ndjson", b"{}\n{}", b"\n"), "/api/chat", 2 + 2),
+        (ok(b'{"a":"' + b"x" * 100 + b'"}'), "/v1/completions", 2 + 27),
+        (ok(b'{"prompt_eval_count":7,"embeddings":[[0.1]]}'), "/api/embed", 7),
+        (ok(b"{}"), "/api/pull", 0),
+        (b"HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\n{}", "/api/chat", 0),
+    ):
+        upstream.script = answer
+        assert (path, charged(rules, "key-quota-2", b"", path, b'{"a": 123}')) == (path, expected)
+
+
+def test_a_client_that_leaves_early_is_charged(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    def stream(sock: socket.socket, _: Message) -> None:
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(OSError):
+            sock.sendall(gateway.chunk(b"data: {}\n\n") * 3)
+            sock.recv(1)
+
+    upstream.script, before = stream, settled(rules)
+    with rules.connect() as sock:
+        sock.sendall(request("/v1/chat/completions", b"x" * 40, key="key-quota-3"))
+        eventually(lambda: sock.recv(65536).count(b"data") or True)
+    left = refusal(rules, before)
+    assert (left["status"], 10 < left["charged"] <= 13) == (499, True)
+
+
+def test_the_quota_holds_after_a_restart(tmp_path: Path, start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
+    today, yesterday = datetime.now(timezone.utc), datetime.now(timezone.utc) - timedelta(days=1)
+    lines = [f'{{"timestamp": "{day:%Y-%m-%dT%H:%M:%S.000Z}", "key": "{name}", "duration_ms": 1, "charged": {number}}}\n'
+             for day, name, number in ((yesterday, "a", 90), (yesterday, "b", 100), (today, "a", 60), (today, "a", 50), (today, "b", 99))]
+    (tmp_path / "gateway.log").write_text("".join(lines) + "nonsense\n")
+    gate = start(keys="key-a name=a tokens=100/day\nkey-b name=b tokens=100/day\n")
+    assert [gate.ask(key=key).status for key in ("key-a", "key-b")] == [429, 200]
+
+
+@pytest.mark.parametrize("package", ["openai", "anthropic"])
+def test_sdks_retry_after_a_short_wait_and_give_up_at_once_on_a_days_quota(
+    package: str, rules: RunningGateway, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sdk = pytest.importorskip(package)
+    monkeypatch.setenv("SSL_CERT_FILE", str(rules.folder / "cert.pem"))
+    url = f"https://localhost:{rules.port}" + ("/v1" if package == "openai" else "")
+
+    def ask(key: str) -> Any:
+        if package == "openai":
+            with sdk.OpenAI(base_url=url, api_key=key) as client:
+                return client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
+        with sdk.Anthropic(base_url=url, api_key=key) as client:
+            return client.messages.create(model="m", max_tokens=9, messages=[{"role": "user", "content": "hi"}])
+
+    upstream.script = ok(b'{"prompt_eval_count":5,"eval_count":5,"id":"1","type":"message","role":"assistant","content":[],"choices":[]}')
+    ask("key-fast")
+    ask("key-fast")
+    rules.ask("/api/chat", b"{}", key="key-sdk-quota")
+    eventually(lambda: rules.lines()[-1]["key"] == "sdk")
+    before = len(rules.lines())
+    with pytest.raises(sdk.RateLimitError):
+        ask("key-sdk-quota")
+    assert refusal(rules, before)["refused"] == "tokens"
+    rules.asked = len(rules.lines())  # with what the SDK asked
+
+
+def test_the_ollama_program_sends_its_key_to_a_proxy(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    basic = base64.b64encode(b"any:key-user").decode()
+    before = settled(rules)
+    raw = (f"POST http://ollama.gateway/api/chat HTTP/1.1\r\nHost: ollama.gateway\r\nUser-Agent: ollama/0.17.1 (amd64 linux) Go/go1.24.1\r\n"
+           f"Content-Length: 2\r\nAccept: application/x-ndjson\r\nProxy-Authorization: Basic {basic}\r\n\r\n{{}}").encode()
+    assert rules.say(raw, "POST").status == 200
+    assert upstream.received[0].head[0] == b"POST /api/chat HTTP/1.1"
+    assert not upstream.received[0].values("proxy-authorization")
+    assert refusal(rules, before)["key"] == "user"
+
+
+def test_a_key_in_the_path_is_seen_by_nobody(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    before = settled(rules)
+    for path in ("/k/key-path/api/chat?a=b", "/k/key%2Dpath/api/chat?a=b", "http://h/k/key-path/api/chat?a=b"):
+        assert rules.ask(path, key=None).status == 200
+    assert rules.ask("/k/key-path", method="GET", key=None).status == 200
+    assert rules.ask("/k/key-wrong/api/chat", key=None).status == 403
+    assert rules.ask("/k/key-user/api/chat", key=None).status == 403  # which may not stand there
+    assert rules.ask("/k/key-wrong/api/chat", key="key-user").status == 200
+    assert rules.say(b"GET /k/key-wrong/api/tags HTTP/1.1\r\nHost: a\r\nbad line\r\n\r\n").status == 400
+    assert [message.head[0].split()[1] for message in upstream.received] == [b"/api/chat?a=b"] * 3 + [b"/", b"/api/chat"]
+    eventually(lambda: len(rules.lines()) == before + 8)
+    assert [line["path"] for line in rules.lines()[before:]] == ["/api/chat"] * 3 + ["/"] + ["/api/chat"] * 3 + ["/api/tags"]
+    everything = (rules.folder / "gateway.log").read_text() + rules.stderr + repr(upstream.received)
+    assert "key-wrong" not in everything
+    assert "key-path" not in everything
+
+
+def test_without_path_yes_k_is_an_ordinary_path(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    assert gate.ask("/k/abc/def").status == 200
+    assert upstream.received[0].head[0] == b"POST /k/abc/def HTTP/1.1"
+
+
+@pytest.mark.parametrize("change", ["", "gone trap\n", "gone expires=2020-01-01\n"], ids=["deleted", "a trap", "expired"])
+def test_a_key_that_is_revoked_ends_its_running_requests(
+    change: str, start: Callable[..., RunningGateway], upstream: FakeUpstream, tmp_path: Path
+) -> None:
+    gate = start(keys="gone name=gone\nstays name=stays\n")
+    ended = threading.Event()
+
+    def stream(sock: socket.socket, message: Message) -> None:
+        if message.head[0].startswith(b"POST /silent"):
+            sock.recv(1)
+            return
+        sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + gateway.chunk(b"{}\n"))
+        with contextlib.suppress(OSError):
+            while not ended.wait(0.05):
+                sock.sendall(gateway.chunk(b"{}\n"))
+            sock.sendall(b"0\r\n\r\n")
+
+    upstream.script = stream
+    with gate.connect() as gone, gate.connect() as stays, gate.connect() as silent:
+        for sock, key, path in ((gone, "gone", "/"), (stays, "stays", "/"), (silent, "gone", "/silent")):
+            sock.sendall(request(path, key=key))
+        eventually(lambda: len(upstream.received) == 3)
+        assert gone.recv(4096) and stays.recv(4096)
+        (tmp_path / "keys.txt").write_text(change + "stays name=stays\n")
+        revoked = time.monotonic()
+        assert Reader(silent).message(answer_to="POST").status == 403
+        rest = Reader(gone)
+        with contextlib.suppress(OSError):
+            rest.rest()
+        assert not rest.buffer.endswith(b"0\r\n\r\n")
+        assert time.monotonic() - revoked < 2.0
+        ended.set()
+        reader = Reader(stays)
+        eventually(lambda: reader.more() and reader.buffer.endswith(b"0\r\n\r\n"))
+    lines = {(line["key"], line["path"]): line for line in gate.log(3)}
+    for path in ("/", "/silent"):
+        assert (lines["gone", path]["status"], lines["gone", path]["refused"]) == (403, "revoked")
+    assert lines["stays", "/"]["refused"] is None
+
+
+SECRET = "ghp_" + "0" * 30
+SECRET += "".join((string.digits + string.ascii_uppercase + string.ascii_lowercase)[zlib.crc32(b"0" * 30) // 62**n % 62] for n in range(5, -1, -1))
+
+
+@pytest.mark.parametrize("mode", ["flag", "block"])
+def test_prompts_are_scanned(mode: str, start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
+    gate = start("--scan", mode)
+    bad, good = json.dumps({"model": "m", "prompt": f"x {SECRET} y"}).encode(), b'{"model":"m","prompt":"hi"}'
+    statuses = [gate.ask(path, body).status for path, body in (
+        ("/api/chat", bad), ("/api/chat", good), ("/api/pull", bad), ("/api/chat", b"no JSON " + SECRET.encode()))]
+    assert statuses == [400 if mode == "block" else 200, 200, 200, 200]
+    lines = gate.log(4)
+    assert [line["flags"] for line in lines] == [["github"], [], [], []]
+    assert [line["refused"] for line in lines] == ["scan" if mode == "block" else None, None, None, None]
+    assert gate.ask("/api/chat", b"x", "Content-Encoding: gzip").status == (415 if mode == "block" else 200)
+    assert SECRET not in (gate.folder / "gateway.log").read_text()
+    assert gate.ask("/api/chat", json.dumps({"model": SECRET}).encode()).status == statuses[0]
+    assert gate.log(6)[5]["model"] is None
+
+
+# --- The chain of the audit log ---
+
+
+def digest_of(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()
+
+
+def test_each_line_names_the_digest_of_the_line_before_also_after_a_restart_and_a_rotation(
+    tmp_path: Path, start: Callable[..., RunningGateway]
+) -> None:
+    gate = start()
+    for _ in range(2):
+        gate.ask()
+    gate.log(2)
+    gate.stop()
+    assert gate.said(r"Gateway stopped; the audit log has 2 lines, the last with SHA-256 [0-9a-f]{64}")
+    again = start(folder=tmp_path)
+    assert again.said(r"the audit log has 2 lines")
+    again.ask()
+    again.log(3)
+    (tmp_path / "gateway.log").rename(tmp_path / "gateway.log.1")
+    eventually(lambda: again.said("has 3 lines.*moved away") and (tmp_path / "gateway.log").exists())
+    again.ask()
+    lines = [*(tmp_path / "gateway.log.1").read_bytes().splitlines(), *eventually(lambda: (tmp_path / "gateway.log").read_bytes().splitlines())]
+    assert [json.loads(line)["prev"] for line in lines] == [None, *map(digest_of, lines[:3])]
+    assert [*gateway.verify_log([str(tmp_path / "gateway.log.1"), str(tmp_path / "gateway.log")], digest_of(lines[1]))] == [
+        f"4 lines, 0 of them from before lines were linked; the last has SHA-256 {digest_of(lines[3])}"]
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Callable[[list[bytes]], tuple[int, str]]:
+    """Runs verify-log on these lines; the exit status and what was said."""
+    def run(lines: list[bytes], *flags: str) -> tuple[int, str]:
+        (tmp_path / "log").write_bytes(b"".join(line + b"\n" for line in lines))
+        found = subprocess.run([sys.executable, str(HERE / "gateway.py"), "verify-log", str(tmp_path / "log"), *flags],
+                               capture_output=True, text=True, check=False, timeout=PATIENCE)
+        return found.returncode, found.stdout + found.stderr
+    return run
+
+
+def linked(*bodies: str, first: str | None = None) -> list[bytes]:
+    lines: list[bytes] = []
+    for body in bodies:
+        prev = digest_of(lines[-1]) if lines else first
+        lines.append(f'{{"n": "{body}", "prev": {json.dumps(prev)}}}'.encode())
+    return lines
+
+
+def test_verify_log_finds_what_was_changed(chain: Callable[..., tuple[int, str]]) -> None:
+    whole = linked("a", "b", "c", "d")
+    assert chain(whole)[0] == 0
+    assert chain(whole, "--head", digest_of(whole[1]))[0] == 0
+    for wrong, number in (([whole[0], whole[1].replace(b"b", b"x", 1), *whole[2:]], 3), ([whole[0], *whole[2:]], 2),
+                          ([whole[0], whole[2], whole[1], whole[3]], 2), ([*whole[:2], b'{"n": 1}', *whole[2:]], 4),
+                          ([*whole, *linked("e")], 5)):
+        status, said = chain(wrong)
+        assert (status, f"log:{number} " in said) == (1, True)
+    assert chain(whole[:3], "--head", digest_of(whole[3]))[0] == 1
+    status, said = chain(whole[2:])
+    assert (status, "begins in the middle" in said) == (0, True)
+    old = [b'{"old": 1}', b'{"old": 2}']
+    status, said = chain([*old, *linked("a", "b", first=digest_of(old[1]))])
+    assert (status, "2 of them from before" in said) == (0, True)
+
+
+def test_a_swapped_pair_of_files_does_not_verify(tmp_path: Path) -> None:
+    whole = linked("a", "b", "c", "d")
+    (tmp_path / "1").write_bytes(b"\n".join(whole[:2]) + b"\n")
+    (tmp_path / "2").write_bytes(b"\n".join(whole[2:]) + b"\n")
+    assert [*gateway.verify_log([str(tmp_path / "1"), str(tmp_path / "2")], None)]
+    with pytest.raises(gateway.Unable, match=r"1:1 does not follow"):
+        [*gateway.verify_log([str(tmp_path / "2"), str(tmp_path / "1")], None)]
+
+
+# --- Usage report ---
+
+
+HOSTILE = '<script>alert(1)</script>\x1b[31m\u202e&"'
+
+
+def usage_log(folder: Path) -> Path:
+    def line(day: str, key: str | None, prompt: Any, response: Any, **more: Any) -> str:
+        record = {"timestamp": f"2026-11-{day}T10:00:00.000Z", "key": key, "prompt_tokens": prompt, "response_tokens": response, "status": 200,
+                  "model": "m", "client": "::1", "refused": None, "charged": None, **more}
+        return json.dumps(record) + "\n"
+    path = folder / "gateway.log"
+    path.write_text(line("01", "alice", 10, 5, charged=15) + line("01", "alice", 1, None, charged=1) + line("02", "bob", 3, 4, status=502)
+                    + line("02", None, None, None, status=403, refused="key") + "no JSON\n" + line("03", HOSTILE, 1, 1, model=HOSTILE)
+                    + '{"timestamp": 5}\n{"timestamp": "2026-11-03", "status": 200, "key": [1], "prompt_tokens": "x"}\n[]\n')
+    return path
+
+
+def usage_of(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(HERE / "gateway.py"), "usage", *flags], cwd=folder, capture_output=True, text=True,
+                          check=False, timeout=PATIENCE, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+
+
+def test_usage_tells_who_used_what(tmp_path: Path) -> None:
+    usage_log(tmp_path)
+    (tmp_path / "keys.txt").write_text("k name=alice tokens=32/day\n")
+    found = usage_of(tmp_path, "--json")
+    assert found.returncode == 0
+    assert "3 lines were left out" in found.stderr
+    report = json.loads(found.stdout)
+    assert report["rows"][0] == {"day": "2026-11-01", "key": "alice", "requests": 2, "refused": 0, "failed": 0, "prompt": 11, "response": 5,
+                                 "total": 16, "share": 0.5}
+    assert [(row["key"], row["refused"], row["failed"]) for row in report["rows"][1:3]] == [("-", 1, 0), ("bob", 0, 1)]
+    assert report["total"] == {"requests": 6, "refused": 1, "failed": 1, "prompt": 15, "response": 10, "total": 25}
+    table = usage_of(tmp_path, "--by", "key", "--since", "2026-11-01", "--until", "2026-11-02").stdout
+    assert [line.split() for line in table.splitlines()] == [
+        ["key", "requests", "refused", "failed", "prompt", "response", "total", "share"], ["-", "1", "1", "0", "0", "0", "0"],
+        ["alice", "2", "0", "0", "11", "5", "16"], ["bob", "1", "0", "1", "3", "4", "7"], ["total", "4", "1", "1", "14", "9", "23"]]
+    csv = usage_of(tmp_path, "--csv", "--by", "model,day").stdout
+    assert csv.startswith("day,model,requests,refused,failed,prompt,response,total,share\n2026-11-01,m,2,0,0,11,5,16,\n")
+
+
+def test_usage_reads_rotated_and_compressed_logs(tmp_path: Path) -> None:
+    import gzip
+
+    log = usage_log(tmp_path)
+    (tmp_path / "old.gz").write_bytes(gzip.compress(log.read_bytes()))
+    assert json.loads(usage_of(tmp_path, "old.gz", "gateway.log", "--json").stdout)["total"]["requests"] == 12
+
+
+def test_hostile_names_reach_neither_the_terminal_nor_the_page(tmp_path: Path) -> None:
+    usage_log(tmp_path)
+    table, page = usage_of(tmp_path, "--by", "key,model").stdout, usage_of(tmp_path, "--html").stdout
+    for text in (table, page):
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+    assert "<script" not in page
+    assert page.count("<svg") == 3
+    assert not re.search(r"(src|href)=", page)
+
+
+@pytest.mark.parametrize(("flags", "said"), [(["--by", "x"], "--by"), (["--since", "1"], "--since"), (["none.log"], "none.log"), (["--x"], "--x")])
+def test_a_wrong_question_about_usage_is_told(flags: list[str], said: str, tmp_path: Path) -> None:
+    found = usage_of(tmp_path, *flags)
+    assert found.returncode == 2
+    assert said in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+@measures
+def test_usage_is_fast_and_takes_constant_memory(tmp_path: Path) -> None:
+    line = usage_log(tmp_path).read_bytes().splitlines()[0] + b"\n"
+    sums: gateway.Sums = {}
+    (tmp_path / "large").write_bytes(line * 50_000)
+    began, told = time.thread_time(), list[int]()
+    assert gateway.sum_up(str(tmp_path / "large"), sums, "", "9", told.append) == 0
+    assert time.thread_time() - began < 50_000 * 12e-6 * 2
+    assert (len(sums), told) == (1, [50_000])
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_can_be_looked_at(tmp_path: Path, width: int) -> None:
+    usage_log(tmp_path)
+    (tmp_path / "page.html").write_text(usage_of(tmp_path, "--html").stdout)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
+    subprocess.run(["chromium", *flags, f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'page.html'}"],
+                   check=True, capture_output=True, timeout=60)
+    assert (tmp_path / "page.png").stat().st_size > 5000
+
+
+# --- The scan of prompts ---
+
+ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
+OWN_KEYS = {hashlib.sha256(KEY.encode()).digest(), hashlib.sha256(b"ztg_short").digest()}
+
+
+def found(value: Any) -> list[str]:
+    """The patterns in a JSON value."""
+    return gateway.find_secrets(value, OWN_KEYS, lambda: None)
+
+
+def word(length: int) -> str:
+    """Letters and digits that look random, and are the same each time."""
+    return "".join(random.Random(length).choices(ALPHABET, k=length))
+
+
+def with_crc(prefix: str, body: str = word(30)) -> str:
+    """A token as GitHub and npm make them; built here, so that nobody's scanner finds one in this file."""
+    number, digits = zlib.crc32(body.encode()), ""
+    for _ in range(6):
+        number, digit = divmod(number, 62)
+        digits = ALPHABET[digit] + digits
+    return prefix + body + digits
+
+
+def body_with_small_crc() -> str:
+    """A body whose CRC needs a leading zero in base 62."""
+    return next(body for n in range(1000) if zlib.crc32((body := f"{n:030}").encode()) < 62**5)
+
+
+def changed(token: str) -> str:
+    """The same token but for its last character."""
+    return token[:-1] + ("0" if token[-1] != "0" else "1")
+
+
+def part(value: Any) -> str:
+    """A part of a JWT."""
+    content = value if isinstance(value, bytes) else json.dumps(value, separators=(",", ":")).encode()
+    return base64.urlsafe_b64encode(content).decode().rstrip("=")
+
+
+def luhn(digits: str) -> str:
+    """The digits and the one that makes them right by Luhn's rule."""
+    doubled = [int(digit) * (2 - n % 2) for n, digit in enumerate(reversed(digits))]
+    return digits + str(-sum(number // 10 + number % 10 for number in doubled) % 10)
+
+
+PAYLOAD = part({"sub": "1234567890", "name": "Alice"})
+PEM = "-----BEGIN " + "{}PRIVATE " + "KEY-----"
+OPENAI = "T3Blbk" + "FJ"
+CARD = luhn("4" + "1" * 14)
+SECRETS = {
+    "private-key": {
+        "PKCS #8": PEM.format(""), "RSA": PEM.format("RSA "), "OpenSSH": PEM.format("OPENSSH "),
+        "encrypted": PEM.format("ENCRYPTED "), "PGP": PEM.format("PGP ").replace("KEY", "KEY BLOCK"),
+        "behind a certificate": "-----END CERTIFICATE-----" + PEM.format("EC "),
+    },
+    "aws": {
+        "long-lived": "AK" + "IAQ4XZ2B7MNP3RSTUV", "temporary": "AS" + "IAQ4XZ2B7MNP3RSTUV",
+        "in an assignment": "aws_access_key_id=AK" + "IAQ4XZ2B7MNP3RSTUV\n",
+        "in JSON inside a string": r'{"env":"a\nAK' + r'IAQ4XZ2B7MNP3RSTUV\n"}',
+    },
+    "github": {
+        **{f"gh{kind}_": with_crc(f"gh{kind}_") for kind in "pousr"}, "fine-grained": "github_" + "pat_" + word(22) + "_" + word(59),
+        "a small CRC": with_crc("gh" + "p_", body_with_small_crc()), "in a URL": f"https://{with_crc('gh' + 'p_')}@github.com/a/b",
+        "behind a wrong one": f"{changed(with_crc('gh' + 'p_'))} {with_crc('gh' + 'p_')}",
+    },
+    "gitlab": {"20 characters": "glp" + "at-" + word(20), "longer": "glp" + "at-" + word(26) + "-_"},
+    "slack": {
+        "bot": "xo" + "xb-123456789012-1234567890123-" + word(24), "user": "xo" + "xp-123456789012-123456789012-" + word(32),
+        "rotated": "xo" + "xe.xo" + "xp-1-" + word(160), "legacy": "xo" + "xa-2-123456789012-" + word(20),
+    },
+    "stripe": {"secret": "sk_" + "live_" + word(24), "restricted": "rk_" + "live_" + word(99), "shortest": "sk_" + "live_" + word(10)},
+    "anthropic": {"key": "sk-" + "ant-api03-" + word(90) + "-_x" + "AA"},
+    "openai": {
+        "legacy": "sk-" + word(20) + OPENAI + word(20), "project": "sk-" + "proj-" + word(74) + OPENAI + word(74),
+        "service account": "sk-" + "svcacct-" + word(58) + OPENAI + word(58),
+    },
+    "google": {"key": "AI" + "za" + word(33) + "_-", "in a URL": "https://maps.example/js?key=AI" + "za" + word(35) + "&v=3"},
+    "npm": {"token": with_crc("npm" + "_"), "in .npmrc": "//registry.npmjs.org/:_authToken=" + with_crc("npm" + "_")},
+    "pypi": {"token": "pypi-" + "AgEI" + word(150), "shortest": "pypi-" + "AgEI" + word(50)},
+    "jwt": {
+        "alg first": f"Bearer {part({'alg': 'HS256', 'typ': 'JWT'})}.{PAYLOAD}.{word(43)}",
+        "alg last": f"{part({'typ': 'JWT', 'kid': 'a' * 50, 'alg': 'RS256'})}.{PAYLOAD}.{word(342)}",
+        "unsigned": f"{part({'alg': 'none'})}.{PAYLOAD}.", "encrypted": f"{part({'alg': 'dir', 'enc': 'A256GCM'})}..{word(16)}.{word(40)}.{word(22)}",
+        **{f"kid of {n}": f"{part({'alg': 'ES256', 'kid': 'k' * n})}.{PAYLOAD}.{word(86)}" for n in range(4)},
+    },
+    "card": {
+        **{f"{len(digits) + 1} digits": luhn(digits) for digits in ("422222222222", "3056930902590", "37828224631000", "555555555555444",
+                                                                    "62000000000000000", "630400000000000012")},
+        "MasterCard's second range": luhn("222300312200322"), "in a sentence": f"It is {CARD}.", "in Chinese": f"卡号{CARD}。",
+        "in quotes": f'"{CARD}"', "behind an abbreviation": f"No.{CARD}", "a line of JSON inside a string": rf"a\n{CARD}\nb",
+    },
+    "gateway-key": {"alone": KEY, "in a header": f"X-Api-Key: {KEY}\r\n", "in JSON": f'{{"k":"{KEY}"}}', "a short one": "(ztg_short).",
+                    "behind another": f"ztg_{word(43)} {KEY}"},
+}  # fmt: skip
+POSITIVES = {f"{name}, {case}": (text, name) for name, cases in SECRETS.items() for case, text in cases.items()}
+
+
+@pytest.mark.parametrize(("text", "name"), POSITIVES.values(), ids=POSITIVES.keys())
+def test_what_the_scan_finds(text: str, name: str) -> None:
+    assert found({"prompt": text}) == [name]
+    assert found({"messages": [{"role": "user", "content": f"This is it: {text} - keep it safe."}]}) == [name]
+
+
+ALL_EQUAL = next(digit * n for digit in "23456" for n in range(13, 20) if luhn(digit * (n - 1)) == digit * n)
+NEAR_MISSES = {
+    "a public key": PEM.format("").replace("PRIVATE", "PUBLIC"), "a certificate": "-----BEGIN " + "CERTIFICATE-----",
+    "a private key that is only spoken of": "the PRIVATE KEY", "four dashes": PEM.format("").replace("-----", "----"),
+    "aws, the vendor's example": "AK" + "IAIOSFODNN7EXAMPLE", "aws, one short": "AK" + "IAQ4XZ2B7MNP3RSTU",
+    "aws, one long": "AK" + "IAQ4XZ2B7MNP3RSTUVW", "aws, with a 0": "AK" + "IAQ4XZ2B7MNP3RST0V", "aws, in Base64": "xAK" + "IAQ4XZ2B7MNP3RSTUV",
+    "github, another CRC": changed(with_crc("gh" + "p_")), "github, another body": with_crc("gh" + "p_").replace(word(30), changed(word(30))),
+    "github, one short": with_crc("gh" + "p_")[:-1], "github, another letter": with_crc("gh" + "x_"),
+    "github, fine-grained, one short": "github_" + "pat_" + word(22) + "_" + word(58),
+    "gitlab, one short": "glp" + "at-" + word(19), "slack, no digits": "xo" + "xb-your-token-here", "slack, another letter": "xo" + "xz-123456789012-1234567890123",
+    "stripe, for tests": "sk_" + "test_" + word(24), "stripe, one short": "sk_" + "live_" + word(9), "stripe, public": "pk_" + "live_" + word(24),
+    "stripe, an identifier": "ta" + "sk_live_" + "monitoring_enabled", "anthropic, one short": "sk-" + "ant-api03-" + word(92) + "AA",
+    "anthropic, another end": "sk-" + "ant-api03-" + word(93) + "AB", "anthropic, a placeholder": "sk-" + "ant-api03-...",
+    "openai, a placeholder": "sk-" + "x" * 48, "openai, one short": "sk-" + word(20) + OPENAI + word(19), "openai, inside a word": "ta" + "sk-" + word(20) + OPENAI + word(20),
+    "google, one short": "AI" + "za" + word(34), "google, one long": "AI" + "za" + word(36), "google, in Base64": "w9AI" + "za" + word(35),
+    "npm, another CRC": changed(with_crc("npm" + "_")), "npm, a name": "npm_" + "config_registry_of_the_whole_company", "pypi, one short": "pypi-" + "AgEI" + word(49),
+    "jwt, no alg": f"{part({'typ': 'JWT'})}.{PAYLOAD}.{word(43)}", "jwt, no JSON": f"eyJ{word(30)}.{PAYLOAD}.{word(43)}",
+    "jwt, the header alone": part({"alg": "HS256", "typ": "JWT"}), "jwt, alg deeper": f"{part({'a': {'alg': 'x'}})}.{PAYLOAD}.{word(43)}",
+    "jwt, very deep": part(b'{"a":' * 140) + "." + PAYLOAD, "jwt, not at a word's beginning": f"x{part({'alg': 'HS256'})}.{PAYLOAD}",
+    "card, wrong by Luhn": changed(CARD), "card, two digits swapped": luhn("411111111111112")[:13] + "2" + luhn("411111111111112")[14:],
+    "card, 12 digits": luhn("42222222222"), "card, 20 digits": luhn("4" + "1" * 18), "card, first digit 1": luhn("1" + "7" * 14),
+    "card, first digit 7": luhn("7" + "1" * 14), "card, all digits equal": ALL_EQUAL,
+    "card, a fraction behind": f"{CARD}.25", "card, a digit and a point before": f"0.{CARD}", "card, a letter beside": f"a{CARD}", "card, a letter behind": f"{CARD}f",
+    "a key of the gateway, one more": KEY + "0", "a key of the gateway, one less": KEY[:-1], "a key of another gateway": "ztg_" + word(43),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NEAR_MISSES.values(), ids=NEAR_MISSES.keys())
+def test_what_only_nearly_is_a_secret(text: str) -> None:
+    assert found({"prompt": text}) == []
+    assert found([f"This is it: {text} "]) == []
+
+
+SHA1 = "\n".join(f"commit {hashlib.sha1(b'%d' % n).hexdigest()}" for n in range(3000))
+NOISE = random.Random(1).randbytes(100_000)
+FALSE_ALARMS = {
+    "git's SHAs": SHA1, "SHA-256": "\n".join(f"sha256:{hashlib.sha256(b'%d' % n).hexdigest()}" for n in range(3000)),
+    "UUIDs": "\n".join(str(uuid.UUID(int=random.Random(n).getrandbits(128))) for n in range(3000)),
+    "seconds": " ".join(str(1_700_000_000 + n) for n in range(999)), "milliseconds": " ".join(str(1_700_000_000_000 + n) for n in range(999)),
+    "nanoseconds": " ".join(str(1_700_000_000_000_000_000 + n) for n in range(999)),
+    "dates without marks": " ".join(f"202611{day:02}{hour:02}{minute:02}30" for day in range(1, 31) for hour in range(24) for minute in range(60)),
+    "milliseconds behind them": " ".join(f"20261126104037{n:03}" for n in range(999)),
+    "phone numbers": "+49 170 1234567, 0049 170 1234567, +1 (415) 555-2671, +4915112345678, 004915112345678",
+    "numbers with a point": " ".join(repr(random.Random(n).random()) for n in range(5000)),
+    "large numbers with a point": " ".join(f"{n}.5" for n in range(4_000_000_000_000, 4_000_000_000_500)),
+    "order numbers": " ".join(changed(luhn(f"40012345678{n:04}")) for n in range(999)), "versions": "v1.2.3, 4.18.0-553.el8_10.x86_64, 2024.11.26.1, 10.0.22631.4460",
+    "Base64": base64.b64encode(NOISE).decode(), "hexadecimal": NOISE.hex(), "URL-safe Base64": base64.urlsafe_b64encode(NOISE).decode(),
+    "words": "risk-averse task-based disk-encryption eyJ npm_config_cache github_pat_ ghp_ AKIA sk- pypi- xoxo glpat- ztg_ -----BEGIN",
+    "card numbers with blanks": " ".join(CARD[n : n + 4] for n in range(0, 16, 4)), "nothing": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FALSE_ALARMS.values(), ids=FALSE_ALARMS.keys())
+def test_what_people_would_complain_about_is_not_found(text: str) -> None:
+    assert found({"prompt": text}) == []
+
+
+SECRET = with_crc("gh" + "p_")
+IMAGE = "data:image/png;base64,"
+PLACES = {
+    "the document itself": (SECRET, True), "a member": ({"prompt": SECRET}, True), "a member's name": ({"a": {SECRET: 1}}, True),
+    "a list in a list": ([[[1, None, True, 0.5, [SECRET]]]], True), "tool arguments": ({"arguments": json.dumps({"token": SECRET})}, True),
+    "images": ({"images": ["aGk=", SECRET]}, False), "another member beside images": ({"images": ["aGk="], "system": SECRET}, True),
+    "an object in images": ({"images": [{"alt": SECRET}]}, True), "images that is no list": ({"images": SECRET}, True),
+    "a text like an image's": ({"url": IMAGE + SECRET}, False), "sound": (["data:audio/wav;base64," + SECRET], False),
+    "behind such a text": (["data:image/png;base64,aGk=", SECRET], True), "a text that names one": ({"content": f"see {IMAGE} {SECRET}"}, True),
+    "another kind of data": ({"url": "data:text/plain," + SECRET}, True), "two halves in two strings": ([SECRET[:20], SECRET[20:]], False),
+    "digits in two strings": (["4111", "111111111111"], False), "no string": (5, False), "beside half a surrogate pair": ("\ud83d" + SECRET, True),
+    "beside an emoji": ("\U0001f600" + SECRET, True), "behind a long text": (["x " * 100_000, SECRET], True), "before one": ([SECRET, "x " * 100_000], True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "expected"), PLACES.values(), ids=PLACES.keys())
+def test_where_the_scan_looks(value: Any, expected: bool) -> None:
+    assert found(value) == ["github"] * expected
+
+
+def test_several_patterns_are_named_in_the_order_of_the_table_and_once() -> None:
+    everything = [text for cases in SECRETS.values() for text in cases.values()]
+    assert found(everything * 2) == found(everything[::-1]) == list(SECRETS)
+
+
+def test_nesting_as_deep_as_python_parses() -> None:
+    value: Any = SECRET
+    for n in range(100_000):
+        value = {"a": value} if n % 2 else [value]
+    try:
+        assert found(value) == ["github"]
+    finally:  # freed step by step, which older Pythons need
+        while not isinstance(value, str):
+            value = value.popitem()[1] if isinstance(value, dict) else value.pop()
+
+
+EDGES = [*range(gateway.PIECE - 1200, gateway.PIECE + 5, 7), *range(gateway.PIECE - 160, gateway.PIECE + 40),
+         *range(gateway.PIECE + gateway.OVERLAP - 160, gateway.PIECE + gateway.OVERLAP + 10)]  # fmt: skip
+LONGEST_JWT = f"{part({'alg': 'RS256', 'x5t': 'k' * 700})}.{PAYLOAD}"
+
+
+@pytest.mark.parametrize("filler", ["x ", "字 "], ids=["ASCII", "Chinese"])
+@pytest.mark.parametrize(("text", "name"), [(CARD, "card"), ("AI" + "za" + word(35), "google"), (LONGEST_JWT, "jwt"), (KEY, "gateway-key")])
+def test_a_secret_is_found_wherever_a_piece_is_cut(text: str, name: str, filler: str) -> None:
+    start = filler * gateway.PIECE
+    for at in EDGES:
+        assert found(start[-at - at % 2 :] + " " * (at % 2) + text) == [name]
+        assert found(start[-at - at % 2 :] + " " * (at % 2) + text + " " + start[:2500]) == [name]
+
+
+def test_a_cut_makes_no_secret_of_a_part() -> None:
+    for at in EDGES:
+        start = ("x " * gateway.PIECE)[:at]
+        assert found(start + " " + CARD * 3) == []
+        assert found(start + f" 0.{CARD} {CARD}.5 " + "AI" + "za" + word(36) + f" {KEY}x " + start) == []
+
+
+# --- cost ---
+
+SIZE = 1_300_000
+PROSE = "The quick brown fox jumps over the lazy dog, pays $42.50 on 2026-11-26, and calls f(x[0], y_1).\n"
+TEXTS = {
+    "prose": PROSE, "Chinese": "敏捷的棕色狐狸跳过懒狗。", "prose with an emoji": PROSE + "\U0001f600", "sk-": "sk-", "sk- and a word": "sk-" + "a" * 100 + " ",
+    "digits": "4", "words of 19 digits": "4" * 19 + " ", "cards, wrong by Luhn": "4111111111111112 ", "eyJ": "eyJ", "long words with eyJ": "eyJ" + "a" * 990 + " ",
+    "backslashes and eyJ": r"\aeyJ", "ghp_": "ghp_", "wrong tokens": "ghp_" + "a" * 36, "ztg_": "ztg_", "ztg_ words": "ztg_a ", "AKIA": "AKIA", "dashes": "-",
+    "beginnings of keys": "-----BEGIN " + "A" * 40, "beginnings of Anthropic's": "sk-" + "ant-api03-", "all prefixes":
+    "sk-" "ant-api03- ghp_ gho_ glpat- xoxb- sk_live_ AIza npm_ pypi-AgEI eyJ ztg_a AKIA ASIA -----BEGIN 411111111 ",
+    "Base64": base64.b64encode(NOISE).decode(), "blanks": " ", "NUL": "\0",
+}  # fmt: skip
+VALUES = {
+    "messages": [{"role": "user", "content": PROSE * 2}] * 6500, "words": ["word"] * 180_000, "token ids": [12345] * 200_000,
+    "numbers": [0.25] * 250_000, "empty lists": [[]] * 430_000, "objects": [{"a": "b"}] * 130_000,
+}  # fmt: skip
+
+
+def pauses(value: Any) -> list[float]:
+    """The CPU time in seconds between the pauses of the scan: the least of three rounds."""
+    rounds = []
+    for _ in range(3):
+        times = [time.thread_time()]
+        gateway.find_secrets(value, OWN_KEYS, lambda: times.append(time.thread_time()))  # noqa: B023 - it is used at once
+        rounds.append([after - before for before, after in zip(times, times[1:])])
+    return [min(stretch) for stretch in zip(*rounds)]
+
+
+@measures
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_a_long_text_costs_milliseconds_and_lets_others_run(text: str) -> None:
+    """The aims are 25 ms and 5 ms; the bounds leave room for slow machines.  What is quadratic would take seconds."""
+    stretches = pauses({"prompt": text * (SIZE // len(text.encode()))})
+    assert sum(stretches) < 0.15
+    assert max(stretches) < 0.02
+
+
+@measures
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES.keys())
+def test_many_small_values_cost_less_than_to_parse_them_twice(value: Any) -> None:
+    stretches = pauses(value)
+    assert sum(stretches) < 0.4
+    assert max(stretches) < 0.04
+
+
+@measures
+def test_different_wrong_keys_and_tokens_cost_no_second() -> None:
+    """Each needs a SHA-256, a CRC-32 or a JSON parser; a piece has only so many of them."""
+    many = [f"ztg_{n:x} ghp_{n:036} eyJ{n:09}.{n:010}" for n in range(SIZE // 80)]
+    assert sum(pauses(" ".join(many))) < 0.5
 
 
 # --- A real model server ---
