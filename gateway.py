@@ -1402,7 +1402,7 @@ def open_log(path: str) -> LogFile:
 
 def log_head(log: LogFile) -> str:
     """The number of lines and the last one's digest: who knows it can tell later whether a line was changed."""
-    return f"the audit log has {log.lines} lines, the last with SHA-256 {log.head.decode() or 'of nothing'}"
+    return f"{log.lines} lines" + (f", the last with SHA-256 {log.head.decode()}" if log.head else "")
 
 
 def log_news(log: LogFile) -> list[str]:
@@ -1410,7 +1410,7 @@ def log_news(log: LogFile) -> list[str]:
     news = []
     with log.lock:
         if log.file and _was_moved(log.path, log.file):
-            news.append(log_head(log) + ", and was moved away")
+            news.append(f"the audit log was moved away; it has {log_head(log)}")
             log.file.close()
             log.file = None
     before, log.whole = log.whole, append_line(log)
@@ -2664,7 +2664,7 @@ def keep_house(server: Server) -> int:
                 say(news)
             before, day = day, datetime.now(timezone.utc).date()
             if day != before:
-                say(log_head(gateway.log))
+                say(f"the audit log has {log_head(gateway.log)}")
             gateway.pool.prune()
             time.sleep(TICK)
     except Exception as error:
@@ -2674,7 +2674,7 @@ def keep_house(server: Server) -> int:
     server.drain(gateway.settings.grace)
     unwritten = unwritten_lines(gateway.log).decode()
     failed = f", but could not write these audit lines:\n{unwritten}" if unwritten else ""
-    say(f"Gateway stopped; {log_head(gateway.log)}{failed}")
+    say(f"Gateway stopped; the audit log has {log_head(gateway.log)}{failed}")
     return 1 if unwritten else 0
 
 
@@ -2744,7 +2744,7 @@ def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int) -> None:
         ("Connections", f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)", most < wanted),
         ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
         ("WARNING", f"{cert} {flaw}; move it and {settings.cert_key} away to have a new pair made", flaw),
-        ("Audit log", f"{'standard output' if settings.log == '-' else settings.log}; {head}"),
+        ("Audit log", f"{'standard output' if settings.log == '-' else settings.log}, {head}"),
         ("Try", f'curl --cacert {cert} -H "X-Api-Key: {shown or "YOUR-KEY"}" {url}/api/{example}')]  # fmt: skip
     lines = "".join(f"\n  {label:<12} {text}" for label, text, *conditions in rows if all(conditions))
     say(f"Gateway listening on {listen}, upstream {host_and_port('' if near else upstream.host, upstream.port)}{lines}")

@@ -1824,7 +1824,7 @@ def test_a_log_that_cannot_be_opened_is_not_writable_and_fills_up(tmp_path: Path
     assert gateway.is_writable(log)
     shutil.rmtree(tmp_path / "folder")
     moved, failed = gateway.log_news(log)
-    assert "moved away" in moved
+    assert moved == "the audit log was moved away; it has 0 lines"
     assert failed == f"cannot write to {log.path}: nothing is forwarded"
     assert [gateway.is_writable(log), gateway.append_line(log, b"{1"), gateway.is_writable(log, tolerated=2)] == [False, False, True]
     assert [gateway.append_line(log, b"{2"), gateway.is_writable(log, tolerated=2)] == [False, False]
@@ -3424,6 +3424,16 @@ def test_limits_are_exact_about_time() -> None:
     assert [admitted(now) for now in (10**10, 10**10, 10**10, 10**10)] == [True] * 3 + [False]
 
 
+def test_the_bodies_that_are_held_at_a_time_are_bounded() -> None:
+    limits = gateway.Limits()
+    limits.hold(gateway.MAX_HELD)
+    with pytest.raises(gateway.ClientError) as refusal:
+        limits.hold(1)
+    assert (refusal.value.status, refusal.value.rule) == (503, "size")
+    limits.hold(-gateway.MAX_HELD)
+    limits.hold(1)
+
+
 def test_parallel_requests_are_bounded_and_freed(rules: RunningGateway, upstream: FakeUpstream) -> None:
     begun, go = threading.Event(), threading.Event()
 
@@ -3641,16 +3651,31 @@ def test_each_line_names_the_digest_of_the_line_before_also_after_a_restart_and_
     gate.stop()
     assert gate.said(r"Gateway stopped; the audit log has 2 lines, the last with SHA-256 [0-9a-f]{64}")
     again = start(folder=tmp_path)
-    assert again.said(r"the audit log has 2 lines")
+    assert again.said(r"Audit log +gateway.log, 2 lines, the last with SHA-256 [0-9a-f]{64}\n")
     again.ask()
     again.log(3)
     (tmp_path / "gateway.log").rename(tmp_path / "gateway.log.1")
-    eventually(lambda: again.said("has 3 lines.*moved away") and (tmp_path / "gateway.log").exists())
+    eventually(lambda: again.said("moved away; it has 3 lines, ") and (tmp_path / "gateway.log").exists())
     again.ask()
     lines = [*(tmp_path / "gateway.log.1").read_bytes().splitlines(), *eventually(lambda: (tmp_path / "gateway.log").read_bytes().splitlines())]
     assert [json.loads(line)["prev"] for line in lines] == [None, *map(digest_of, lines[:3])]
     assert [*gateway.verify_log([str(tmp_path / "gateway.log.1"), str(tmp_path / "gateway.log")], digest_of(lines[1]))] == [
         f"4 lines, 0 of them from before lines were linked; the last has SHA-256 {digest_of(lines[3])}"]
+
+
+def test_the_log_is_told_at_midnight(tmp_path: Path, start: Callable[..., RunningGateway]) -> None:
+    clock = """
+import datetime, os
+class Clock(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.datetime.now(tz) + datetime.timedelta(days=os.path.exists("tomorrow"))
+gateway.datetime = Clock"""
+    gate = start(program=changed_gateway(tmp_path, clock))
+    gate.ask()
+    gate.log(1)
+    (tmp_path / "tomorrow").touch()
+    eventually(lambda: gate.said(r"the audit log has 1 lines, the last with SHA-256 [0-9a-f]{64}\n"), seconds=2.0)
 
 
 @pytest.fixture
