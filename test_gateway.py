@@ -3541,6 +3541,30 @@ def test_sdks_retry_after_a_short_wait_and_give_up_at_once_on_a_days_quota(
     rules.asked = len(rules.lines())  # with what the SDK asked
 
 
+def test_a_user_chats_with_the_real_clients_and_may_not_pull(start: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch) -> None:
+    ollama, openai = pytest.importorskip("ollama"), pytest.importorskip("openai")
+    gate = start("--demo", keys="user-key name=user role=user models=demo*\n")
+    monkeypatch.setenv("SSL_CERT_FILE", str(gate.folder / "cert.pem"))
+    client = ollama.Client(f"https://localhost:{gate.port}", verify=client_context(gate.folder / "cert.pem"),
+                           headers={"X-Api-Key": "user-key"})  # fmt: skip
+    message = {"role": "user", "content": "hi"}
+    assert client.chat("demo", [message])["message"]["content"] == gateway.DEMO_TEXT
+    assert [model["model"] for model in client.list()["models"]] == ["demo:latest"]
+    with pytest.raises(ollama.ResponseError, match="this key may use models and list them") as error:
+        client.pull("demo")
+    assert error.value.status_code == 403
+    with pytest.raises(ollama.ResponseError, match="this key may not use that model"):
+        client.chat("other", [message])
+    with openai.OpenAI(base_url=f"https://localhost:{gate.port}/v1", api_key="user-key") as other:
+        answer = other.chat.completions.create(model="demo", messages=[message])
+        assert answer.choices[0].message.content == gateway.DEMO_TEXT
+        assert [model.id for model in other.models.list()] == ["demo:latest"]
+        with pytest.raises(openai.PermissionDeniedError) as denied:
+            other.chat.completions.create(model="other", messages=[message])
+    assert denied.value.code == "model_not_found"
+    assert [line["refused"] for line in gate.log(7)] == [None, None, "role", "model", None, None, "model"]
+
+
 def test_the_ollama_program_sends_its_key_to_a_proxy(rules: RunningGateway, upstream: FakeUpstream) -> None:
     basic = base64.b64encode(b"any:key-user").decode()
     before = settled(rules)
@@ -3805,11 +3829,13 @@ def test_usage_is_fast_and_takes_constant_memory(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
 @pytest.mark.parametrize("width", [400, 1400])
-def test_the_page_can_be_looked_at(tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])
+def test_the_page_can_be_looked_at(tmp_path: Path, width: int, scheme: int) -> None:
     usage_log(tmp_path)
     (tmp_path / "page.html").write_text(usage_of(tmp_path, "--html").stdout)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
+             "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+             f"--blink-settings=preferredColorScheme={scheme}"]
     subprocess.run(["chromium", *flags, f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'page.html'}"],
                    check=True, capture_output=True, timeout=60)
     assert (tmp_path / "page.png").stat().st_size > 5000
