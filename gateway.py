@@ -2682,8 +2682,7 @@ def abandon(server: Server, error: BaseException | None = None) -> None:
     """End the process with exit status 1, once the requests that this breaks off are logged."""
     if error:
         say(fault(error))
-    server.gateway.watchman.end_all()
-    time.sleep(0.2)
+    server.drain(0)
     os._exit(1)
 
 
