@@ -257,7 +257,6 @@ def create_file(path: str, content: bytes, mode: int) -> bool:
 # comments, which begin with #, are skipped.  Only digests are kept in memory, so a look-up takes the same time no
 # matter how much of a key was guessed right.
 
-
 Models = tuple[re.Pattern[str], ...]
 
 
@@ -307,7 +306,7 @@ class Key(NamedTuple):
     expires: Annotated[date, "expires=YYYY-MM-DD", "=([0-9]{4}-[0-9]{2}-[0-9]{2})", date.fromisoformat] = date.max
     role: Annotated[str, "role=admin|user", "=(admin|user)", str] = "admin"
     models: Annotated[Models, "models=GLOB,GLOB", _GLOBS, model_patterns] = ()  # empty for all, like the limits below
-    rate: Annotated[tuple[int, int], "rate=N/s|min|h|day", "=([1-9][0-9]{0,8})/(s|min|h|day)", per] = 0, 0  # see per()
+    rate: Annotated[tuple[int, int], "rate=N/s|min|h|day", "=([1-9][0-9]{0,8})/(s|min|h|day)", per] = 0, 0
     tokens: Annotated[int, "tokens=N[k|M]/day", "=([1-9][0-9]{0,11})([kM]?)/day", times] = 0
     parallel: Annotated[int, "parallel=N", "=([1-9][0-9]{0,5})", int] = 0
     path: Annotated[bool, "path=yes", "=(yes)", bool] = False  # whether it may stand in a path: /k/SECRET/api/tags
@@ -978,8 +977,8 @@ def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
 _strict = json.JSONDecoder(object_pairs_hook=_once, parse_int=float, parse_constant=int)  # NaN is no JSON, and no int
 
 
-def check_body(body: bytes, request: Head, models: Models) -> dict[str, Any]:
-    """Parse a body that every server reads alike, and refuse models that the key may not use.
+def parse_strictly(body: bytes) -> dict[str, Any]:
+    """Parse a body that every server reads alike.  ClientError 400.
 
     Go takes members in any case, and the last of several, so a member that is like `model` only in another case could
     be what Ollama takes.
@@ -990,12 +989,16 @@ def check_body(body: bytes, request: Head, models: Models) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict) or any(each.casefold() in _NAMING and each not in _NAMING for each in value):
         raise ClientError(400, "this key's requests must be one JSON object, without repeated members", "guard")
-    named = [each for member, each in value.items() if _names_a_model(member, request.path)]
+    return value
+
+
+def check_names(body: dict[str, Any], request: Head, models: Models) -> None:
+    """Refuse a request that names a model that the key may not use, or none where it should."""
+    named = [each for member, each in body.items() if _names_a_model(member, request.path)]
     allowed = all(isinstance(each, str) and (not each or may_use(models, each)) for each in named)
-    allowed = allowed and "fallbacks" not in map(str.casefold, value)
+    allowed = allowed and "fallbacks" not in map(str.casefold, body)
     if not allowed or (asks_a_model(request) and not any(named)):
         raise ClientError(403, "this key may not use that model", "model")
-    return value
 
 
 def _names_a_model(member: str, path: bytes) -> bool:
@@ -1015,6 +1018,28 @@ def visible(content: bytes, models: Models) -> bytes | None:
 def _is_visible(entry: Any, models: Models) -> bool:
     names = [name for member in ("name", "model", "id") if (name := _object(entry).get(member))]
     return bool(names) and all(isinstance(name, str) and may_use(models, name) for name in names)
+
+
+def _all_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; where a member comes twice, all values are kept, since a server may take any of them."""
+    found = dict(members)
+    return found if len(found) == len(members) else {**found, "": [value for _, value in members]}
+
+
+# Servers skip numbers that they do not need, so one of 5,000 digits must not end the parsing, as it would for int().
+_lenient = json.JSONDecoder(object_pairs_hook=_all_members, parse_int=float, strict=False).raw_decode
+
+
+def prompt_of(body: bytes, scan: str) -> Any:
+    """What a body says, for the scan; None if it is no JSON.  ClientError 400 if --scan block cannot look at it."""
+    try:
+        return _lenient(body.decode(errors="replace").lstrip())[0]
+    except RecursionError:
+        if scan == "block":
+            raise ClientError(400, "the prompt is nested too deeply to be looked at", "scan") from None
+    except ValueError:
+        pass
+    return None
 
 
 def may_be_scanned(fields: Fields, scan: str) -> bool:
@@ -1253,10 +1278,15 @@ def model_name(target: bytes, content_type: bytes, request: Excerpt) -> str | No
     if separator == b"\r\n--" + content_type.partition(b"boundary=")[2].partition(b";")[0].strip(b' "'):
         found = [match[1] for part in documents[:-1] if (match := re.fullmatch(_MODEL_PART, part))]
         return found[0].decode(errors="replace")[:MAX_LOGGED] if found else None
-    path = urllib.parse.unquote_to_bytes(target.partition(b"?")[0])  # Ollama serves /api/%70ull, too
     asked = _object(_parsed(documents[0], _decode_as_go))
     if not asked:  # perhaps it was broken off; up to the last comma there are mostly whole members
         asked = _object(_parsed(_pruned(documents[0]).rpartition(b",")[0] + b"}", _decode_as_go))
+    return model_among(asked, target)
+
+
+def model_among(asked: dict[str, Any], target: bytes) -> str | None:
+    """The model that a request names in its members, whose names are in lower case."""
+    path = urllib.parse.unquote_to_bytes(target.partition(b"?")[0])  # Ollama serves /api/%70ull, too
     model = asked.get("source" if path == b"/api/copy" else "model") or (path in _TAKE_A_NAME and asked.get("name"))
     return model[:MAX_LOGGED] if model and isinstance(model, str) else None
 
@@ -1436,7 +1466,7 @@ def verify_log(paths: Sequence[str], head: str | None) -> Iterator[str]:
 
     Yields what to tell.  Raises Unable, which names the file and line, for the first that does not fit.
     """
-    last, lines, older, seen = "", 0, 0, head is None
+    last, lines, older, seen, stray = "", 0, 0, head is None, ""
     for path in paths:
         with explained(f"cannot read {path}", "see that it is there"), open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -1447,8 +1477,12 @@ def verify_log(paths: Sequence[str], head: str | None) -> Iterator[str]:
                 elif prev and named != last:
                     raise Unable(f"{path}:{number} does not follow the line before it: one of the two was changed")
                 older += not prev and lines == older
+                # A line that a crash cut off names none; the next one names it, or it has no newline.
+                stray = f"{path}:{number}" if not prev and lines > older and line.endswith(b"\n") else ""
                 last, lines = hashlib.sha256(line.rstrip(b"\n")).hexdigest(), lines + 1
                 seen = seen or last == head
+    if stray:
+        raise Unable(f"{stray} names no line before it: the gateway did not write it")
     if not seen:
         raise Unable(f"{paths[-1]}: no line has SHA-256 {head}, so its end was cut off, or it is another log")
     yield f"{lines} lines, {older} of them from before lines were linked; the last has SHA-256 {last}"
@@ -1469,6 +1503,7 @@ def _open_file(log: LogFile) -> io.FileIO:
             if not last.endswith(b"\n"):  # a crash cut it off, and the next one must not be joined to it
                 log.kept.appendleft(b"\n")
             log.head = log.head or (hashlib.sha256(last.rstrip(b"\n")).hexdigest().encode() if log.lines else b"")
+            log.lines += sum(line != b"\n" for line in log.kept)  # which will stand in it soon
     return file
 
 
@@ -1938,10 +1973,12 @@ class Exchange:
         self.sent, self.received = meter(), meter()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
 
-    def begin(self, head: bytes) -> None:
-        """Send the head, and what of the body came with it.  UpstreamError 502."""
-        part = b"" if self.body.done else self._next_part(b"")
-        self._opening, self._rest = head + part[:READ_SIZE], part[READ_SIZE:]  # a body that was judged may be large
+    def begin(self, head: bytes, judged: bytes | None = None) -> None:
+        """Send the head, and what of the body came with it, or all of it if it was judged.  UpstreamError 502."""
+        if judged is not None:
+            self.body.done, self.sent.size = True, len(judged)
+        part = judged or (b"" if self.body.done else self._next_part(b""))
+        self._opening, self._rest = head + part[:READ_SIZE], part[READ_SIZE:]
         self._open(self._pool.take())
 
     def upload(self) -> None:
@@ -2206,7 +2243,10 @@ class Handler(socketserver.BaseRequestHandler):
         finally:
             self.record["method"], self.record["path"] = requested(wire.ahead, paths)
         head, wire.ahead = found
-        return parse_request(head, paths)
+        request = parse_request(head, paths)
+        if paths:
+            request.fields.drop(b"referer")  # by which browsers tell the whole path of the page before
+        return request
 
     def _admit(self, request: Head) -> Key | None:
         """Check the key, that the log can be written, and the role; None if a preflight, without a key, was answered.
@@ -2224,7 +2264,8 @@ class Handler(socketserver.BaseRequestHandler):
         key, flaw = find_key(self.gateway.keys.value, presented, self.began.date(), request.secret)
         self.record["key"], self.record["charged"] = key and key.name, 0 if key and key.tokens else None
         if flaw == "trap" and key:
-            self.gateway.report(f"the trap key {key.name} was used from {self.peer}")
+            with self.wire.until(self.wire, sys.maxsize):  # nobody waits while the terminal does not take the line
+                self.gateway.report(f"the trap key {key.name} was used from {self.peer}")
         if flaw or not key:
             raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY", flaw)
         if not is_writable(self.gateway.log):
@@ -2240,8 +2281,7 @@ class Handler(socketserver.BaseRequestHandler):
             limits.enter(key, today, time.monotonic_ns())
         self.wire.objection, self.held = lambda: self._revoked(key), 0
         try:
-            self._judge(key, request)
-            return self._forward(key, request)
+            return self._forward(key, request, self._judge(key, request))
         finally:
             self.wire.objection = lambda: None
             if self.held:
@@ -2255,49 +2295,50 @@ class Handler(socketserver.BaseRequestHandler):
         valid = now and not now.trap and datetime.now(timezone.utc).date() <= now.expires
         return None if valid else ClientError(403, "the key is no longer valid", "revoked")
 
-    def _judge(self, key: Key, request: Head) -> None:
-        """Check what the request says, before anything is forwarded, where its key or --scan ask for that."""
+    def _judge(self, key: Key, request: Head) -> bytes | None:
+        """Check what the request says, where its key or --scan ask for that; returns its body, None if it is unread."""
         if key.models:
             check_way(request, key.models)
         scan = self.settings.scan
         scanned = scan != "off" and asks_a_model(request) and may_be_scanned(request.fields, scan)
         if not (key.models or scanned):
-            return
-        content, excerpt, value = self._read_whole(request), Excerpt(), None
-        excerpt.add(content)
-        self.record["model"] = model_name(request.target, b"", excerpt)
+            return None
+        content, found = self._read_whole(request), []
+        guarded = key.models and (content or asks_a_model(request))
         with self.wire.until(self.wire, sys.maxsize):  # this does not block, but takes so long that others have a turn
-            if key.models and (content or asks_a_model(request)):
-                value = check_body(content, request, key.models)
-            found = self._scan(value or _parsed(content)) if scanned else []
-        self.record["flags"] = found if scanned else self.record["flags"]
+            value = parse_strictly(content) if guarded else prompt_of(content, scan) if scanned else None
+            members = {name.casefold(): each for name, each in _object(value).items()}
+            self.record["model"] = model_among(members, request.target)
+            if guarded:
+                check_names(_object(value), request, key.models)
+            if scanned:
+                self.record["flags"] = found = self._scan(value)
         if found and self._scan(self.record["model"]):
             self.record["model"] = None
         if found and scan == "block":
             raise ClientError(400, f"the prompt holds what looks like a secret: {', '.join(found)}", "scan")
+        return content
 
     def _scan(self, value: Any) -> list[str]:
         """The kinds of secrets in what a request says; other threads run meanwhile."""
         return find_secrets(value, self.gateway.keys.value, lambda: time.sleep(0))
 
     def _read_whole(self, request: Head) -> bytes:
-        """The body, which stays on the wire, to be forwarded as it came.  Raises ClientError 408, 413 or 503."""
+        """The whole body.  Raises ClientError 408, 413 or 503."""
         wire, body, content = self.wire, BodyReader(request.framing), bytearray()
         self._continue(request, body)
         data, wire.ahead = wire.ahead, b""
-        pieces, slow = [], lambda: ClientError(408, "the request's body came too slowly")
         progress, deadline = 0, time.monotonic() + self.settings.body_timeout
         while True:
-            pieces.append(data)
             content += body.feed(data)
             self.gateway.limits.hold(len(data))
             self.held += len(data)
             if max(request.framing, self.held) > MAX_JUDGED:
                 raise ClientError(413, f"the body is longer than {MAX_JUDGED >> 20} MiB", "size")
             if body.done:
-                wire.ahead = b"".join(pieces)
+                wire.ahead = body.rest
                 return bytes(content)
-            data = wire.receive(deadline, slow)
+            data = wire.receive(deadline, lambda: ClientError(408, "the request's body came too slowly"))
             progress += len(data)
             if progress >= MIN_PROGRESS:
                 progress, deadline = 0, time.monotonic() + self.settings.body_timeout
@@ -2308,8 +2349,14 @@ class Handler(socketserver.BaseRequestHandler):
         if expects and not body.done and not self.wire.ahead:
             self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _forward(self, key: Key, request: Head) -> bool:
-        """Send the request on and bring the answer; True if the connection can carry another request."""
+    def _forward(self, key: Key, request: Head, judged: bytes | None) -> bool:
+        """Send the request on and bring the answer; True if the connection can carry another request.
+
+        A body that was `judged` is sent from memory, so it cannot differ from what was judged.
+        """
+        if judged is not None and request.framing == CHUNKED:
+            request.fields.lines = [*request.fields.lines, (b"content-length", b"Content-Length: %d" % len(judged))]
+            request = request._replace(framing=len(judged))
         meter = Meter if key.tokens else Excerpt
         exchange = Exchange(self.gateway.pool, self.wire, request, self.settings.body_timeout, meter)
         if key.models and request.path in LISTS:
@@ -2317,7 +2364,7 @@ class Handler(socketserver.BaseRequestHandler):
                 request.fields.drop(name)
         answer = None
         try:
-            exchange.begin(forwarded_head(request, self.settings.upstream, self.peer))
+            exchange.begin(forwarded_head(request, self.settings.upstream, self.peer), judged)
             self._continue(request, exchange.body)
             for _ in range(MAX_INTERIM):
                 exchange.upload()
@@ -2329,14 +2376,14 @@ class Handler(socketserver.BaseRequestHandler):
             raise UpstreamError(502, "the upstream sends interim answers without end")
         finally:
             exchange.end()
-            self._note(key, request, exchange, answer)
+            if judged is None:
+                content_type = request.fields.get(b"content-type", b"")
+                self.record["model"] = model_name(request.target, content_type, exchange.sent)
+            self._charge(key, request, exchange, answer)
 
-    def _note(self, key: Key, request: Head, exchange: Exchange, answer: Head | None) -> None:
-        """Note the model, the tokens, and what the key is charged for them."""
+    def _charge(self, key: Key, request: Head, exchange: Exchange, answer: Head | None) -> None:
+        """Note the tokens, and what the key is charged for them."""
         record = self.record
-        record["model"] = model_name(request.target, request.fields.get(b"content-type", b""), exchange.sent)
-        if record["flags"] and record["model"] and self._scan(record["model"]):
-            record["model"] = None
         record["prompt_tokens"], record["response_tokens"] = counts = token_counts(exchange.received)
         if key.tokens and any(counts):
             record["charged"] = sum(filter(None, counts))
