@@ -541,9 +541,9 @@ class Fields(dict[bytes, bytes]):
 
     lines: Sequence[tuple[bytes, bytes]] = ()  # pairs of the name in lower case and the whole line
 
-    def drop(self, unwanted: bytes) -> None:
-        """Do not forward the lines with this name."""
-        self.lines = [(name, line) for name, line in self.lines if name != unwanted]
+    def drop(self, *unwanted: bytes) -> None:
+        """Do not forward the lines with these names."""
+        self.lines = [(name, line) for name, line in self.lines if name not in unwanted]
 
 
 # A body's framing is its length in bytes, or one of these.
@@ -860,6 +860,10 @@ class BodyReader:
                 return data
         content = self.feed(data)
         self.note(content)
+        return self.framed(content)
+
+    def framed(self, content: bytes) -> bytes:
+        """The content that feed() returned last, as the other side gets it."""
         if not self.chunked:
             return content
         return chunk(content) + (last_chunk(self.trailers) if self.done else b"")
@@ -977,14 +981,14 @@ def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
 _strict = json.JSONDecoder(object_pairs_hook=_once, parse_int=float, parse_constant=int)  # NaN is no JSON, and no int
 
 
-def parse_strictly(body: bytes) -> dict[str, Any]:
-    """Parse a body that every server reads alike.  ClientError 400.
+def parse_strictly(body: bytes, request: Head) -> dict[str, Any]:
+    """Parse a body that every server reads alike; only a request for inference needs one.  ClientError 400.
 
     Go takes members in any case, and the last of several, so a member that is like `model` only in another case could
     be what Ollama takes.
     """
     try:
-        value = _strict.decode(body.decode())
+        value = _strict.decode(body.decode()) if body or asks_a_model(request) else {}
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or any(each.casefold() in _NAMING and each not in _NAMING for each in value):
@@ -1075,10 +1079,12 @@ _PATTERNS: Final = {name: re.compile(regex) for name, regex in {
 # fmt: on
 
 
-def find_secrets(value: Any, known: Container[bytes], pause: Callable[[], None]) -> list[str]:
-    """Name the patterns that occur in the strings of a JSON value.  Calls pause() every few milliseconds.
+def find_secrets(
+    value: Any, known: Container[bytes], pause: Callable[[], object] = functools.partial(time.sleep, 0)
+) -> list[str]:
+    """Name the patterns that occur in the strings of a JSON value.
 
-    `known` holds the digests of the gateway's own keys.
+    `known` holds the digests of the gateway's own keys.  Every few milliseconds, pause() lets other threads run.
     """
     checks = {**_CHECKS, "gateway-key": lambda word: hashlib.sha256(word).digest() in known}
     found: set[str] = set()
@@ -1964,20 +1970,36 @@ class Exchange:
     """
 
     _upstream: Wire
-    # Whether the connection was used before, and has not proved good yet; and whether the upstream does not get the
-    # rest of the request.
+    # Whether the connection was used before, and has not proved good yet; and whether it cannot be used again, since
+    # the upstream does not get the rest of the request or sent more than was asked.
     _kept = _given_up = False
+    _progress, _deadline, _part = 0, 0.0, b""
+    held = 0  # bytes of a body that was read whole
 
     def __init__(self, pool: Pool, client: Client, request: Head, seconds: float, meter: type[Excerpt]) -> None:
         self._pool, self._client, self._request, self._seconds = pool, client, request, seconds
         self.sent, self.received = meter(), meter()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
 
-    def begin(self, head: bytes, judged: bytes | None = None) -> None:
-        """Send the head, and what of the body came with it, or all of it if it was judged.  UpstreamError 502."""
-        if judged is not None:
-            self.body.done, self.sent.size = True, len(judged)
-        part = judged or (b"" if self.body.done else self._next_part(b""))
+    def read_whole(self, hold: Callable[[int], None]) -> bytes:
+        """Read the whole body before anything is sent.  Raises ClientError 408 and 413, and what hold(size) raises."""
+        content, data = bytearray(), self._client.ahead
+        self._client.sock.setblocking(False)
+        self._deadline = time.monotonic() + self._seconds
+        while not self.body.done:
+            hold(len(data))
+            self.held += len(data)
+            if max(self._request.framing, self.held) > MAX_JUDGED:
+                raise ClientError(413, f"the body is longer than {MAX_JUDGED >> 20} MiB", "size")
+            content += self.body.feed(data)
+            self._client.ahead = self.body.rest
+            data = b"" if self.body.done else self._receive()
+        self._part, self.sent.size = self.body.framed(bytes(content)), len(content)
+        return bytes(content)
+
+    def begin(self, head: bytes) -> None:
+        """Send the head, and what there is of the body.  Raises UpstreamError 502."""
+        part = self._part or (b"" if self.body.done else self._next_part(b""))
         self._opening, self._rest = head + part[:READ_SIZE], part[READ_SIZE:]
         self._open(self._pool.take())
 
@@ -1986,30 +2008,18 @@ class Exchange:
 
         Raises ClientError 408, ClientLeft, UpstreamError 504.
         """
-        client, upstream, seconds = self._client, self._upstream, self._seconds
-        deadline, progress = time.monotonic() + seconds, 0
-        if self._rest:
-            upstream.sock.setblocking(False)
+        client, upstream = self._client, self._upstream
+        if self._rest or not self.body.done:
+            for wire in (client, upstream):
+                wire.sock.setblocking(False)
             self._push(self._rest)
-            self._rest = b""
-        for wire in (client, upstream) if not self.body.done else ():
-            wire.sock.setblocking(False)
+            self._rest, self._deadline = b"", time.monotonic() + self._seconds
         while not (self.body.done or self._given_up or upstream.ahead):
-            with client.until(client, deadline, lambda: ClientError(408, "the request's body came too slowly")):
-                data = client.receive_now()
-                if data is None:
-                    ready([(client, READ), (upstream, READ)], seconds=None)
-            if data is None:
-                self._given_up = self._hear() == b""
-                continue
-            if not data:
-                raise client.reason(client)
+            data = self._receive(upstream)
             received = time.monotonic()
             self._push(self._next_part(data))
-            deadline += time.monotonic() - received  # in which the client could not send
-            progress += len(data)
-            if progress >= MIN_PROGRESS:
-                progress, deadline = 0, time.monotonic() + seconds
+            self._deadline += time.monotonic() - received  # in which the client could not send
+            self._given_up = self._given_up or (not data and self._hear() == b"")
 
     def read_head(self) -> Head:
         """Wait for the next head; it may be an interim one (1xx).  Raises UpstreamError, ClientLeft."""
@@ -2028,6 +2038,20 @@ class Exchange:
         head, self._upstream.ahead = found
         return _upstreams(parse_answer, head, self._request.method)
 
+    def edit(self, answer: Head, edited: Callable[[bytes], bytes | None]) -> Head:
+        """Give an answer that the upstream has sent whole another content.  Raises as read_head() does."""
+        body, until_close = BodyReader(answer.framing), answer.framing == UNTIL_CLOSE
+        content = bytearray(_upstreams(body.feed, self._upstream.ahead))
+        while not body.done and len(content) <= MAX_JUDGED and (data := self._upstream.receive(may_end=until_close)):
+            content += _upstreams(body.feed, data)
+        if len(content) > MAX_JUDGED or (shown := edited(bytes(content))) is None:
+            raise UpstreamError(502, "the upstream's list of models is too long, or cannot be read")
+        self._given_up = self._given_up or until_close or bool(body.rest)
+        answer.fields.drop(b"content-length")
+        answer.fields.lines = [*answer.fields.lines, (b"", b"Content-Length: %d" % len(shown))]
+        self._upstream.ahead = shown
+        return answer._replace(framing=len(shown))
+
     def bring(self, answer: Head, head: bytes, chunked: bool, relay: Relay | None) -> None:
         """Bring the answer to the client: this head, then the content, piece by piece.  Raises as read_head() does."""
         self._answer = BodyReader(answer.framing, chunked, self.received.add)
@@ -2045,18 +2069,6 @@ class Exchange:
         # Before the client has the end of the answer, since its next request may follow at once and need a connection.
         self.end(reusable=keeps_alive(answer) and answer.framing != UNTIL_CLOSE and not self._answer.rest)
         self._client.send(self._unsent)
-
-    def collect(self, answer: Head) -> bytes:
-        """The whole content of a short answer.  Raises as read_head() does, and UpstreamError 502 if it is long."""
-        body, content = BodyReader(answer.framing), bytearray()
-        data, self._upstream.ahead = self._upstream.ahead, b""
-        content += _upstreams(body.feed, data)
-        while not body.done and (data := self._upstream.receive(may_end=answer.framing == UNTIL_CLOSE)):
-            content += _upstreams(body.feed, data)
-            if len(content) > MAX_JUDGED:
-                raise UpstreamError(502, "the upstream's list of models is too long")
-        self.end(reusable=keeps_alive(answer) and answer.framing != UNTIL_CLOSE and not body.rest)
-        return bytes(content)
 
     def end(self, reusable: bool = False) -> None:
         """Keep the upstream's connection for another request, or close it, which stops the model.  May be repeated."""
@@ -2080,6 +2092,20 @@ class Exchange:
             kept.send(self._opening)
         except UpstreamError:
             self._given_up = True  # but an upstream that reads no more may have answered
+
+    def _receive(self, *upstream: Wire) -> bytes:
+        """The next bytes of the body; none if the upstream can be read first, or if something woke us for nothing."""
+        client, data = self._client, None
+        with client.until(client, self._deadline, lambda: ClientError(408, "the request's body came too slowly")):
+            data = client.receive_now()
+            if data is None:
+                ready([(wire, READ) for wire in (client, *upstream)], seconds=None)
+        if data == b"":
+            raise client.reason(client)
+        self._progress += len(data or b"")
+        if self._progress >= MIN_PROGRESS:
+            self._progress, self._deadline = 0, time.monotonic() + self._seconds
+        return data or b""
 
     def _next_part(self, data: bytes) -> bytes:
         """The body's next bytes as the upstream gets them; what follows the body is left to the next request."""
@@ -2279,13 +2305,11 @@ class Handler(socketserver.BaseRequestHandler):
         counted = request.method in COUNTED and any((*key.rate, key.tokens, key.parallel))
         if counted:
             limits.enter(key, today, time.monotonic_ns())
-        self.wire.objection, self.held = lambda: self._revoked(key), 0
+        self.wire.objection = lambda: self._revoked(key)
         try:
-            return self._forward(key, request, self._judge(key, request))
+            return self._forward(key, request)
         finally:
             self.wire.objection = lambda: None
-            if self.held:
-                limits.hold(-self.held)
             if counted:
                 limits.leave(key, today, self.record["charged"] or 0)
 
@@ -2295,77 +2319,15 @@ class Handler(socketserver.BaseRequestHandler):
         valid = now and not now.trap and datetime.now(timezone.utc).date() <= now.expires
         return None if valid else ClientError(403, "the key is no longer valid", "revoked")
 
-    def _judge(self, key: Key, request: Head) -> bytes | None:
-        """Check what the request says, where its key or --scan ask for that; returns its body, None if it is unread."""
-        if key.models:
-            check_way(request, key.models)
-        scan = self.settings.scan
-        scanned = scan != "off" and asks_a_model(request) and may_be_scanned(request.fields, scan)
-        if not (key.models or scanned):
-            return None
-        content, found = self._read_whole(request), []
-        guarded = key.models and (content or asks_a_model(request))
-        with self.wire.until(self.wire, sys.maxsize):  # this does not block, but takes so long that others have a turn
-            value = parse_strictly(content) if guarded else prompt_of(content, scan) if scanned else None
-            members = {name.casefold(): each for name, each in _object(value).items()}
-            self.record["model"] = model_among(members, request.target)
-            if guarded:
-                check_names(_object(value), request, key.models)
-            if scanned:
-                self.record["flags"] = found = self._scan(value)
-        if found and self._scan(self.record["model"]):
-            self.record["model"] = None
-        if found and scan == "block":
-            raise ClientError(400, f"the prompt holds what looks like a secret: {', '.join(found)}", "scan")
-        return content
-
-    def _scan(self, value: Any) -> list[str]:
-        """The kinds of secrets in what a request says; other threads run meanwhile."""
-        return find_secrets(value, self.gateway.keys.value, lambda: time.sleep(0))
-
-    def _read_whole(self, request: Head) -> bytes:
-        """The whole body.  Raises ClientError 408, 413 or 503."""
-        wire, body, content = self.wire, BodyReader(request.framing), bytearray()
-        self._continue(request, body)
-        data, wire.ahead = wire.ahead, b""
-        progress, deadline = 0, time.monotonic() + self.settings.body_timeout
-        while True:
-            content += body.feed(data)
-            self.gateway.limits.hold(len(data))
-            self.held += len(data)
-            if max(request.framing, self.held) > MAX_JUDGED:
-                raise ClientError(413, f"the body is longer than {MAX_JUDGED >> 20} MiB", "size")
-            if body.done:
-                wire.ahead = body.rest
-                return bytes(content)
-            data = wire.receive(deadline, lambda: ClientError(408, "the request's body came too slowly"))
-            progress += len(data)
-            if progress >= MIN_PROGRESS:
-                progress, deadline = 0, time.monotonic() + self.settings.body_timeout
-
-    def _continue(self, request: Head, body: BodyReader) -> None:
-        """Ask for the body, if the client waits for that (RFC 9110, 10.1.1)."""
-        expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
-        if expects and not body.done and not self.wire.ahead:
-            self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def _forward(self, key: Key, request: Head, judged: bytes | None) -> bool:
-        """Send the request on and bring the answer; True if the connection can carry another request.
-
-        A body that was `judged` is sent from memory, so it cannot differ from what was judged.
-        """
-        if judged is not None and request.framing == CHUNKED:
-            request.fields.lines = [*request.fields.lines, (b"content-length", b"Content-Length: %d" % len(judged))]
-            request = request._replace(framing=len(judged))
+    def _forward(self, key: Key, request: Head) -> bool:
+        """Send the request on and bring the answer; True if the connection can carry another request."""
         meter = Meter if key.tokens else Excerpt
         exchange = Exchange(self.gateway.pool, self.wire, request, self.settings.body_timeout, meter)
-        if key.models and request.path in LISTS:
-            for name in (b"accept-encoding", b"range"):  # or the list could not be read
-                request.fields.drop(name)
         answer = None
         try:
-            exchange.begin(forwarded_head(request, self.settings.upstream, self.peer), judged)
-            self._continue(request, exchange.body)
+            self._judge(key, request, exchange)
+            exchange.begin(forwarded_head(request, self.settings.upstream, self.peer))
+            self._continue(request, exchange)
             for _ in range(MAX_INTERIM):
                 exchange.upload()
                 answer = exchange.read_head()
@@ -2376,47 +2338,70 @@ class Handler(socketserver.BaseRequestHandler):
             raise UpstreamError(502, "the upstream sends interim answers without end")
         finally:
             exchange.end()
-            if judged is None:
-                content_type = request.fields.get(b"content-type", b"")
-                self.record["model"] = model_name(request.target, content_type, exchange.sent)
-            self._charge(key, request, exchange, answer)
+            self._note(key, request, exchange, answer)
 
-    def _charge(self, key: Key, request: Head, exchange: Exchange, answer: Head | None) -> None:
-        """Note the tokens, and what the key is charged for them."""
-        record = self.record
-        record["prompt_tokens"], record["response_tokens"] = counts = token_counts(exchange.received)
-        if key.tokens and any(counts):
-            record["charged"] = sum(filter(None, counts))
-        elif key.tokens and answer and answer.status == 200 and asks_a_model(request):
-            record["charged"] = estimate(answer.fields.get(b"content-type", b""), exchange.sent, exchange.received)
+    def _judge(self, key: Key, request: Head, exchange: Exchange) -> None:
+        """Check what the request says, where its key or --scan ask for that.  Raises ClientError."""
+        scan, known, record = self.settings.scan, self.gateway.keys.value, self.record
+        if key.models:
+            check_way(request, key.models)
+        if key.models and request.path in LISTS:
+            request.fields.drop(b"accept-encoding", b"range")  # or the list could not be read
+        scanned = scan != "off" and asks_a_model(request) and may_be_scanned(request.fields, scan)
+        if not (key.models or scanned):
+            return
+        self._continue(request, exchange)
+        content = exchange.read_whole(self.gateway.limits.hold)
+        with self.wire.until(self.wire, sys.maxsize):  # this does not block, but takes so long that others have a turn
+            value = parse_strictly(content, request) if key.models else prompt_of(content, scan)
+            members = {name.casefold(): each for name, each in _object(value).items()}
+            record["model"] = model = model_among(members, request.target)
+            if key.models:
+                check_names(_object(value), request, key.models)
+            if scanned:
+                record["flags"] = find_secrets(value, known)
+                record["model"] = None if find_secrets(model, known) else model
+        if record["flags"] and scan == "block":
+            raise ClientError(400, f"the prompt holds what looks like a secret: {', '.join(record['flags'])}", "scan")
+
+    def _continue(self, request: Head, exchange: Exchange) -> None:
+        """Ask for the body, if the client waits for that (RFC 9110, 10.1.1)."""
+        expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
+        if expects and not exchange.body.done and not self.wire.ahead:
+            self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _bring(self, key: Key, request: Head, exchange: Exchange, answer: Head) -> bool:
         """Bring the answer to the client; True if the connection can carry another request."""
         self.record["status"] = answer.status
+        if key.models and request.path in LISTS and answer.status == 200 and request.method != b"HEAD":
+            answer = exchange.edit(answer, functools.partial(visible, models=key.models))
         chunked = answer.framing < 0 and request.version == b"1.1"
         keep = keeps_alive(request) and exchange.body.done and not self.gateway.watchman.stopping
-        added = [*self.cors, *[b"Connection: close"] * (not keep)]
+        added = [*self.cors, *[b"Connection: close"] * (not keep), *[b"Transfer-Encoding: chunked"] * chunked]
         if self.cors:
             answer.fields.drop(b"access-control-allow-origin")
-        upstream = self.settings.upstream
+        self.answering = True
         try:
-            if key.models and answer.status == 200 and request.path in LISTS and request.method != b"HEAD":
-                shown = visible(exchange.collect(answer), key.models)
-                if shown is None:
-                    raise UpstreamError(502, "the upstream's list of models cannot be read")
-                answer.fields.drop(b"content-length")
-                self.answering = True
-                self.wire.send(answer_head(answer, upstream, [*added, b"Content-Length: %d" % len(shown)]) + shown)
-            else:
-                added += [b"Transfer-Encoding: chunked"] * chunked
-                self.answering = True
-                exchange.bring(answer, answer_head(answer, upstream, added), chunked, self.relay)
+            exchange.bring(answer, answer_head(answer, self.settings.upstream, added), chunked, self.relay)
         except ClientLeft:
             if has_said_all(exchange.received):
                 return False  # it has the whole answer, and the status stays
             raise
         self.unread = bool(self.wire.ahead) or not exchange.body.done
         return keep
+
+    def _note(self, key: Key, request: Head, exchange: Exchange, answer: Head | None) -> None:
+        """Note the model, the tokens, and what the key is charged for them."""
+        record = self.record
+        if exchange.held:
+            self.gateway.limits.hold(-exchange.held)
+        else:
+            record["model"] = model_name(request.target, request.fields.get(b"content-type", b""), exchange.sent)
+        record["prompt_tokens"], record["response_tokens"] = counts = token_counts(exchange.received)
+        if key.tokens:
+            fields = answer.fields if answer and answer.status == 200 and asks_a_model(request) else None
+            estimated = estimate(fields.get(b"content-type", b""), exchange.sent, exchange.received) if fields else 0
+            record["charged"] = sum(filter(None, counts)) or estimated
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer with an error in the format of the API that was asked."""
