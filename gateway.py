@@ -306,7 +306,7 @@ class Key(NamedTuple):
     expires: Annotated[date, "expires=YYYY-MM-DD", "=([0-9]{4}-[0-9]{2}-[0-9]{2})", date.fromisoformat] = date.max
     role: Annotated[str, "role=admin|user", "=(admin|user)", str] = "admin"
     models: Annotated[Models, "models=GLOB,GLOB", _GLOBS, model_patterns] = ()  # empty for all, like the limits below
-    rate: Annotated[tuple[int, int], "rate=N/s|min|h|day", "=([1-9][0-9]{0,8})/(s|min|h|day)", per] = 0, 0
+    rate: Annotated[tuple[int, ...], "rate=N/s|min|h|day", "=([1-9][0-9]{0,8})/(s|min|h|day)", per] = ()
     tokens: Annotated[int, "tokens=N[k|M]/day", "=([1-9][0-9]{0,11})([kM]?)/day", times] = 0
     parallel: Annotated[int, "parallel=N", "=([1-9][0-9]{0,5})", int] = 0
     path: Annotated[bool, "path=yes", "=(yes)", bool] = False  # whether it may stand in a path: /k/SECRET/api/tags
@@ -1156,7 +1156,7 @@ class Limits:
         with self.lock:
             used, running = self.charged.get(today, Counter[str]())[key.name], self.running[key.name]
             # GCRA: each request moves the time at which the rate is fresh again by a step, up to `count` steps ahead.
-            count, period = key.rate
+            count, period = key.rate or (0, 0)
             step = -(-period // max(count, 1))
             fresh = self.fresh[key.name] = min(self.fresh[key.name], now + count * step)
             wait = max(fresh, now) + step - count * step - now
@@ -1376,11 +1376,11 @@ class LogFile:
         self.head, self.lines = b"", 0
 
 
-def new_record(client: str, status: int = 500) -> dict[str, Any]:
+def new_record(client: str, flags: list[str] | None = None, status: int = 500) -> dict[str, Any]:
     """What the audit log says about a request, except when it began, in the order of the line."""
     return {
         "key": None, "path": None, "prompt_tokens": None, "response_tokens": None, "status": status, "method": None,
-        "model": None, "client": client, "duration_ms": 0, "refused": None, "charged": None, "flags": None,
+        "model": None, "client": client, "duration_ms": 0, "refused": None, "charged": None, "flags": flags,
     }  # fmt: skip
 
 
@@ -1742,13 +1742,14 @@ class Client(Wire):
     and handed over under the lock, or the watchman could shut down a socket that belongs to another connection by then.
     """
 
+    objection: Callable[[], Exception | None] = staticmethod(lambda: None)  # why the request must not go on, if so
+
     def __init__(self, sock: socket.socket, patience: float) -> None:
         super().__init__(sock, patience, ClientLeft, ClientLeft)
         self.client = self  # until Handler.finish()
         self.upstream: Wire | None = None  # while a request is in flight
         self.wait: tuple[float, Wire, Failure] | None = None  # one attribute, so that all of it changes at once
         self.verdict: Exception | None = None  # why the watchman intervened
-        self.objection: Callable[[], Exception | None] = lambda: None  # why the request must not go on, if it must not
 
     def until(self, wire: Wire, deadline: float = 0, overdue: Failure | None = None) -> Client:
         """Note what the thread is about to block on; a deadline (monotonic) replaces the wire's patience."""
@@ -2176,10 +2177,13 @@ class Gateway(NamedTuple):
 class Handler(socketserver.BaseRequestHandler):
     """One client's connection: a request after the other, and a line in the log for each."""
 
+    key: Key | None = None  # of the request that is in flight
+
     def __init__(self, gateway: Gateway, relay: Relay | None, request: Any, client_address: Any, server: Any) -> None:
         self.gateway, self.settings, self.relay = gateway, gateway.settings, relay
         # unread: whether the client may still be sending a request that has been answered
         self.wire, self.unread = Client(request, self.settings.write_timeout), False
+        self.wire.objection = self._revoked
         self.peer = client_address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
         super().__init__(request, client_address, server)  # which calls handle()
 
@@ -2199,7 +2203,7 @@ class Handler(socketserver.BaseRequestHandler):
         with self.gateway.watchman.lock:
             self.gateway.watchman.clients.discard(self.wire)
         self.wire.close()
-        del self.wire.client  # or only the garbage collector would free what OpenSSL holds for it
+        del self.wire.client, self.wire.objection  # or only the garbage collector would free what OpenSSL holds
 
     def _shake_hands(self) -> bool:
         """Set up TLS; False if that fails.  Clients that only connect, as health checks do, are not reported."""
@@ -2219,7 +2223,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _answer_plain_http(self) -> None:
         """Answer a client that sent plain HTTP.  OpenSSL has consumed its request, so the log cannot show it."""
-        append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), new_record(self.peer, 400)))
+        append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), new_record(self.peer, status=400)))
         answer = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nThis port speaks https.\n"
         with contextlib.suppress(OSError):
             self.unread = bool(socket.socket.send(self.request, answer))  # below TLS
@@ -2238,8 +2242,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _one_request(self) -> bool:
         """The life of a request; True if the connection can carry another."""
         self.began, began = datetime.now(timezone.utc), time.monotonic()
-        self.record = new_record(self.peer)
-        self.record["flags"] = None if self.settings.scan == "off" else []
+        self.record = new_record(self.peer, None if self.settings.scan == "off" else [])
         self.unread, self.answering = True, False  # answering: a head went out, after which there can be no other
         self.cors: list[bytes] = []
         try:
@@ -2302,22 +2305,23 @@ class Handler(socketserver.BaseRequestHandler):
     def _limited(self, key: Key, request: Head) -> bool:
         """Forward the request within the key's limits, as long as the key is valid.  Raises ClientError 429."""
         limits, today = self.gateway.limits, self.began.date()
-        counted = request.method in COUNTED and any((*key.rate, key.tokens, key.parallel))
+        counted = (key.rate or key.tokens or key.parallel) and request.method in COUNTED
         if counted:
             limits.enter(key, today, time.monotonic_ns())
-        self.wire.objection = lambda: self._revoked(key)
+        self.key = key
         try:
             return self._forward(key, request)
         finally:
-            self.wire.objection = lambda: None
+            self.key = None
             if counted:
                 limits.leave(key, today, self.record["charged"] or 0)
 
-    def _revoked(self, key: Key) -> ClientError | None:
-        """The reason to end a request, if its key was deleted, has expired or became a trap meanwhile."""
-        now = self.gateway.keys.value.get(key.digest)
+    def _revoked(self) -> ClientError | None:
+        """For the watchman: the reason to end a request whose key was deleted, has expired or became a trap."""
+        key = self.key
+        now = key and self.gateway.keys.value.get(key.digest)
         valid = now and not now.trap and datetime.now(timezone.utc).date() <= now.expires
-        return None if valid else ClientError(403, "the key is no longer valid", "revoked")
+        return ClientError(403, "the key is no longer valid", "revoked") if key and not valid else None
 
     def _forward(self, key: Key, request: Head) -> bool:
         """Send the request on and bring the answer; True if the connection can carry another request."""

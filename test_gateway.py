@@ -3136,7 +3136,7 @@ def refused(gate: RunningGateway, upstream: FakeUpstream, raw: bytes, method: st
 KEY_LINES = {
     "all": ("k name=a expires=2030-01-01 role=user models=a,b*:c rate=5/min tokens=2k/day parallel=3 path=yes", {
         "name": "a", "role": "user", "rate": (5, 60 * 10**9), "tokens": 2000, "parallel": 3, "path": True, "expires": date(2030, 1, 1)}),
-    "none": ("k", {"role": "admin", "models": (), "rate": (0, 0), "tokens": 0, "parallel": 0, "path": False, "trap": False}),
+    "none": ("k", {"role": "admin", "models": (), "rate": (), "tokens": 0, "parallel": 0, "path": False, "trap": False}),
     "any order": ("k tokens=3M/day name=b", {"tokens": 3_000_000, "name": "b"}),
     "a trap": ("k trap name=b", {"trap": True, "name": "b"}),
     "per second": ("k rate=9/s", {"rate": (9, 10**9)}),
