@@ -3072,6 +3072,11 @@ def test_the_readme_lists_every_flag_as_it_is() -> None:
         assert default is None or default in row
 
 
+def test_the_readme_shows_the_tokens_that_the_demo_counts() -> None:
+    readme = (HERE / "README.md").read_text()
+    assert f'"prompt_tokens": 4, "response_tokens": {len(gateway.DEMO_WORDS)}, "status": 200' in readme
+
+
 # --- Access rules ---
 
 RULES = """
