@@ -3595,7 +3595,7 @@ def test_a_key_in_the_path_is_seen_by_nobody(rules: RunningGateway, upstream: Fa
     assert rules.say(b"GET /k/key-wrong/api/tags HTTP/1.1\r\nHost: a\r\nbad line\r\n\r\n").status == 400
     assert [message.head[0].split()[1] for message in upstream.received] == [b"/api/chat?a=b"] * 3 + [b"/", b"/api/chat"]
     eventually(lambda: len(rules.lines()) == before + 8)
-    assert [line["path"] for line in rules.lines()[before:]] == ["/api/chat"] * 3 + ["/"] + ["/api/chat"] * 3 + ["/api/tags"]
+    assert sorted(line["path"] for line in rules.lines()[before:]) == ["/", *["/api/chat"] * 6, "/api/tags"]
     everything = (rules.folder / "gateway.log").read_text() + rules.stderr + repr(upstream.received)
     assert "key-wrong" not in everything
     assert "key-path" not in everything
