@@ -1372,8 +1372,7 @@ class LogFile:
         self.may_block = False  # whether it is a pipe, a terminal or the like, whose reader may stop reading
         self.kept, self.written = deque[bytes](), 0  # the lines that wait, and how many bytes of the first were written
         self.whole = True  # what log_news() told the operator last
-        # The last line's SHA-256 in hex, which the next one says as `prev`, and the number of lines in the file.
-        self.head, self.lines = b"", 0
+        self.head, self.lines = b"null", 0  # the last line's digest, as the next one says it, and the number of lines
 
 
 def new_record(client: str, flags: list[str] | None = None, status: int = 500) -> dict[str, Any]:
@@ -1390,12 +1389,17 @@ def audit_line(began: datetime, record: dict[str, Any]) -> bytes:
     return f'{{"timestamp": "{began.isoformat("T", "milliseconds")[:23]}Z", {json.dumps(record)[1:-1]}'.encode()
 
 
+def digest_of(line: bytes) -> bytes:
+    """The SHA-256 of a line, but for its line break, in JSON."""
+    return b'"%b"' % hashlib.sha256(line.rstrip(b"\n")).hexdigest().encode()
+
+
 def append_line(log: LogFile, *lines: bytes) -> bool:
     """Append the lines after those that wait, each with the digest of the one before; False if some still wait."""
     with log.lock, contextlib.suppress(OSError):
         for line in lines:
-            whole = line + (b', "prev": "%b"}' % log.head if log.head else b', "prev": null}')
-            log.head, log.lines = hashlib.sha256(whole).hexdigest().encode(), log.lines + 1
+            whole = b'%b, "prev": %b}' % (line, log.head)
+            log.head, log.lines = digest_of(whole), log.lines + 1
             log.kept.append(whole + b"\n")
         file = log.file or _open_file(log)
         # A write that blocks would hold the lock, and so stop every connection, until somebody reads the pipe.
@@ -1438,7 +1442,7 @@ def open_log(path: str) -> LogFile:
 
 def log_head(log: LogFile) -> str:
     """The number of lines and the last one's digest: who knows it can tell later whether a line was changed."""
-    return f"{log.lines} lines" + (f", the last with SHA-256 {log.head.decode()}" if log.head else "")
+    return f"{log.lines} lines" + (f", the last with SHA-256 {log.head[1:-1].decode()}" if log.head != b"null" else "")
 
 
 def log_news(log: LogFile) -> list[str]:
@@ -1472,26 +1476,25 @@ def verify_log(paths: Sequence[str], head: str | None) -> Iterator[str]:
 
     Yields what to tell.  Raises Unable, which names the file and line, for the first that does not fit.
     """
-    last, lines, older, seen, stray = "", 0, 0, head is None, ""
+    last, lines, older, seen, stray = b"null", 0, 0, head is None, ""
     for path in paths:
         with explained(f"cannot read {path}", "see that it is there"), open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                prev = re.search(rb', "prev": (?:null|"([0-9a-f]{64})")}\s*\Z', line)
-                named = prev and (prev[1] or b"").decode()
-                if prev and not lines - older and named and not older:
+                prev = re.search(rb', "prev": (null|"[0-9a-f]{64}")}\s*\Z', line)
+                if prev and prev[1] != b"null" and not lines:
                     yield f"{path} begins in the middle of a log"
-                elif prev and named != last:
+                elif prev and prev[1] != last:
                     raise Unable(f"{path}:{number} does not follow the line before it: one of the two was changed")
                 older += not prev and lines == older
                 # A line that a crash cut off names none; the next one names it, or it has no newline.
                 stray = f"{path}:{number}" if not prev and lines > older and line.endswith(b"\n") else ""
-                last, lines = hashlib.sha256(line.rstrip(b"\n")).hexdigest(), lines + 1
-                seen = seen or last == head
+                last, lines = digest_of(line), lines + 1
+                seen = seen or last[1:-1].decode() == head
     if stray:
         raise Unable(f"{stray} names no line before it: the gateway did not write it")
     if not seen:
         raise Unable(f"{paths[-1]}: no line has SHA-256 {head}, so its end was cut off, or it is another log")
-    yield f"{lines} lines, {older} of them from before lines were linked; the last has SHA-256 {last}"
+    yield f"{lines} lines, {older} of them from before lines were linked; the last has SHA-256 {last[1:-1].decode()}"
 
 
 def _open_file(log: LogFile) -> io.FileIO:
@@ -1508,7 +1511,7 @@ def _open_file(log: LogFile) -> io.FileIO:
                 pass
             if not last.endswith(b"\n"):  # a crash cut it off, and the next one must not be joined to it
                 log.kept.appendleft(b"\n")
-            log.head = log.head or (hashlib.sha256(last.rstrip(b"\n")).hexdigest().encode() if log.lines else b"")
+            log.head = digest_of(last) if log.lines and log.head == b"null" else log.head
             log.lines += sum(line != b"\n" for line in log.kept)  # which will stand in it soon
     return file
 
@@ -1529,13 +1532,12 @@ _COLUMNS: Final = ("requests", "refused", "failed", "prompt", "response", "total
 Sums = dict[tuple[str, ...], list[int]]  # by the values of some dimensions: the columns, with `charged` for the last
 
 
-def sum_up(path: str, sums: Sums, since: str, until: str, progress: Callable[[int], None]) -> int:
+def sum_up(path: str, sums: Sums, since: str, until: str, progress: Callable[[str], object]) -> int:
     """Add a log's requests of these days, both included, by all dimensions; returns how many lines are none."""
     import gzip  # noqa: PLC0415 - is needed here only
 
-    others = 0
-    opened = gzip.open(path) if path.endswith(".gz") else open(path, "rb")  # noqa: SIM115 - the next line closes it
-    with opened as file, contextlib.suppress(EOFError):  # which a file that is still being compressed ends with
+    others, opener = 0, gzip.open if path.endswith(".gz") else open
+    with opener(path, "rb") as file, contextlib.suppress(EOFError):  # which a file that is being compressed ends with
         for number, line in enumerate(iter(lambda: file.readline(READ_SIZE), b""), 1):
             record = _object(_parsed(line))
             day, status = str(record.get("timestamp"))[:10], record.get("status")
@@ -1545,16 +1547,12 @@ def sum_up(path: str, sums: Sums, since: str, until: str, progress: Callable[[in
                 names = ("-" if (name := record.get(each)) is None else str(name) for each in DIMENSIONS[1:])
                 row = sums.setdefault((day, *names), [0] * 6)
                 refused = record.get("refused", (record.get("key") is None and status == 403) or None) is not None
-                tokens = (_number(record.get(name)) for name in ("prompt_tokens", "response_tokens", "charged"))
-                add = (1, refused, status >= 500 and not refused, *tokens)
-                row[:] = map(int.__add__, row, add)
+                told = map(record.get, ("prompt_tokens", "response_tokens", "charged"))
+                tokens = (number if isinstance(number, int) else 0 for number in told)
+                row[:] = map(int.__add__, row, (1, refused, status >= 500 and not refused, *tokens))
             if number % 50_000 == 0:
-                progress(number)
+                progress(f"{path}: {number:,} lines")
     return others
-
-
-def _number(value: Any) -> int:
-    return value if isinstance(value, int) else 0
 
 
 def usage_rows(sums: Sums, by: Sequence[str], limits: dict[str, int]) -> list[dict[str, Any]]:
@@ -1575,6 +1573,16 @@ def usage_rows(sums: Sums, by: Sequence[str], limits: dict[str, int]) -> list[di
 def usage_total(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     """The sum of each column."""
     return {column: sum(row[column] for row in rows) for column in _COLUMNS}
+
+
+def usage_csv(rows: Sequence[dict[str, Any]], by: Sequence[str]) -> str:
+    """The rows as comma-separated values (RFC 4180), below a line of the columns' names."""
+    import csv  # noqa: PLC0415 - is needed here only
+
+    csv.writer(text := io.StringIO(), lineterminator="\n").writerows(
+        [[*by, *_COLUMNS, "share"], *(row.values() for row in rows)]
+    )
+    return text.getvalue().rstrip("\n")
 
 
 def usage_table(rows: Sequence[dict[str, Any]], by: Sequence[str], bars: bool) -> Iterator[str]:
@@ -2291,10 +2299,11 @@ class Handler(socketserver.BaseRequestHandler):
                 return None
         presented = presented_keys(request.fields)
         key, flaw = find_key(self.gateway.keys.value, presented, self.began.date(), request.secret)
-        self.record["key"], self.record["charged"] = key and key.name, 0 if key and key.tokens else None
-        if flaw == "trap" and key:
+        if key:
+            self.record["key"], self.record["charged"] = key.name, 0 if key.tokens else None
+        if flaw == "trap":
             with self.wire.until(self.wire, sys.maxsize):  # nobody waits while the terminal does not take the line
-                self.gateway.report(f"the trap key {key.name} was used from {self.peer}")
+                self.gateway.report(f"the trap key {self.record['key']} was used from {self.peer}")
         if flaw or not key:
             raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY", flaw)
         if not is_writable(self.gateway.log):
@@ -2346,7 +2355,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _judge(self, key: Key, request: Head, exchange: Exchange) -> None:
         """Check what the request says, where its key or --scan ask for that.  Raises ClientError."""
-        scan, known, record = self.settings.scan, self.gateway.keys.value, self.record
+        scan = self.settings.scan
         if key.models:
             check_way(request, key.models)
         if key.models and request.path in LISTS:
@@ -2354,6 +2363,7 @@ class Handler(socketserver.BaseRequestHandler):
         scanned = scan != "off" and asks_a_model(request) and may_be_scanned(request.fields, scan)
         if not (key.models or scanned):
             return
+        record, known = self.record, self.gateway.keys.value
         self._continue(request, exchange)
         content = exchange.read_whole(self.gateway.limits.hold)
         with self.wire.until(self.wire, sys.maxsize):  # this does not block, but takes so long that others have a turn
@@ -2578,9 +2588,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.  Returns 0 after a clean stop, 1 if the gateway cannot run, 2 if it was told wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        commands = {"keygen": keygen, "verify-log": verify, "usage": report_usage}
-        command = commands.get(arguments[0]) if arguments else None
-        return command(arguments[1:]) if command else serve(parse_arguments(arguments))
+        if not (arguments and (command := COMMANDS.get(arguments[0]))):
+            return serve(parse_arguments(arguments))
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
+        for line in command(arguments[1:]):
+            print(line)
+        return 0
     except KeyboardInterrupt:  # Ctrl+C before stop_on_signals() was called
         return 130
     except Exception as error:  # caught whatever it is, because a traceback might show an API key
@@ -2588,45 +2602,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if type(error) is OperatorError else 1
 
 
-def keygen(argv: Sequence[str]) -> int:
-    """Print a fresh line for the key file."""
-    print(key_line(*argv))
-    return 0
-
-
-def report_usage(argv: Sequence[str]) -> int:
-    """Print who used what, from audit logs."""
+def report_usage(argv: Sequence[str]) -> Iterator[str]:
+    """Tell who used what, from audit logs."""
     parser = _Parser(prog="gateway usage", allow_abbrev=False)
     parser.add_argument("files", metavar="FILE", nargs="*", help="audit logs, also rotated and .gz ones [gateway.log]")
     parser.add_argument("--by", type=dimensions, default="day,key", help=f"group by {', '.join(DIMENSIONS)} [day,key]")
-    parser.add_argument("--since", type=a_day, default="0001-01-01", help="the first day, like 2026-11-01 (UTC)")
-    parser.add_argument("--until", type=a_day, default="9999-12-31", help="the last day, which is included")
+    parser.add_argument("--since", type=date.fromisoformat, default=date.min, help="the first day, like 2026-11-01")
+    parser.add_argument("--until", type=date.fromisoformat, default=date.max, help="the last day, included (UTC)")
     parser.add_argument("--keys", metavar="FILE", default="keys.txt", help="the key file, for the share of limits")
     forms = parser.add_mutually_exclusive_group()
     for form in ("json", "csv", "html"):
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
-    given = parser.parse_args(argv)
+    given, sums, others = parser.parse_args(argv), Sums(), 0
     limits = {key.name: key.tokens for key in load_keys(given.keys).values() if key.tokens}
-    sums: Sums = {}
-    others = 0
     for path in given.files or [os.environ.get("GATEWAY_LOG") or "gateway.log"]:
         with explained(f"cannot read {path}", "see that it is there, and an audit log"):
-            others += sum_up(path, sums, given.since, given.until, lambda lines: tell(f"{path}: {lines:,} lines"))  # noqa: B023
+            others += sum_up(path, sums, str(given.since), str(given.until), tell)
     tell("")
-    show_usage(usage_rows(sums, given.by, limits), given.by, sums, given.form)
+    rows = usage_rows(sums, given.by, limits)
+    if given.form == "json":
+        yield json.dumps({"rows": rows, "total": usage_total(rows)})
+    elif given.form == "csv":
+        yield usage_csv(rows, given.by)
+    elif given.form == "html":
+        yield usage_page(rows, given.by, sums)
+    else:
+        yield from usage_table(rows, given.by, bars=os.isatty(1))
     if others:
         say(f"{others} lines were left out, since they are no audit lines")
-    return 0
 
 
 def dimensions(text: str) -> list[str]:
     """The dimensions that a list names.  Raises ValueError."""
     return sorted({*text.split(",")}, key=DIMENSIONS.index)
-
-
-def a_day(text: str) -> str:
-    """A day as it stands in the log.  Raises ValueError."""
-    return date(*map(int, re.findall("[0-9]+", text))).isoformat()
 
 
 def tell(progress: str) -> None:
@@ -2635,33 +2643,18 @@ def tell(progress: str) -> None:
         print(f"\r\x1b[K{progress}", end="", file=sys.stderr, flush=True)
 
 
-def show_usage(rows: Sequence[dict[str, Any]], by: Sequence[str], sums: Sums, form: str | None) -> None:
-    """Print the report in one of its forms."""
-    import csv  # noqa: PLC0415 - is needed here only
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
-    if form == "json":
-        print(json.dumps({"rows": rows, "total": usage_total(rows)}))
-    elif form == "csv":
-        writer = csv.DictWriter(sys.stdout, [*by, *_COLUMNS, "share"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    elif form == "html":
-        print(usage_page(rows, by, sums))
-    else:
-        print(*usage_table(rows, by, bars=os.isatty(1)), sep="\n")
-
-
-def verify(argv: Sequence[str]) -> int:
-    """Check an audit log: 0 if no line was changed, else 1."""
+def verify(argv: Sequence[str]) -> Iterator[str]:
+    """Check an audit log; raises Unable if a line was changed."""
     parser = _Parser(prog="gateway verify-log", allow_abbrev=False)
     parser.add_argument("files", metavar="FILE", nargs="+", help="the log, its rotated parts first, oldest first")
     parser.add_argument("--head", metavar="HASH", help="a digest that the gateway told; it must be that of a line")
     given = parser.parse_args(argv)
-    for line in verify_log(given.files, given.head):
-        print(line)
-    return 0
+    return verify_log(given.files, given.head)
+
+
+# What can be asked for instead of serving: functions of the other arguments that return lines to print.
+COMMANDS: Final[dict[str, Callable[[Sequence[str]], Iterable[str]]]] = {
+    "keygen": lambda words: [key_line(*words)], "verify-log": verify, "usage": report_usage}  # fmt: skip
 
 
 def serve(settings: Settings) -> int:
