@@ -2033,7 +2033,7 @@ class Exchange:
     def read_head(self) -> Head:
         """Wait for the next head; it may be an interim one (1xx).  Raises UpstreamError, ClientLeft."""
         try:
-            while not (found := _upstreams(split_head, self._upstream.ahead)):
+            while not (self._upstream.ahead and (found := _upstreams(split_head, self._upstream.ahead))):
                 self._upstream.ahead += self._upstream.receive()
         except UpstreamError as error:
             harmless = self._request.method in IDEMPOTENT and not self._request.framing
@@ -2241,7 +2241,8 @@ class Handler(socketserver.BaseRequestHandler):
         wire, deadline = self.wire, time.monotonic() + seconds
         with contextlib.suppress(ClientLeft, Silence, Refusal):
             while not self.gateway.watchman.stopping and is_writable(self.gateway.log, tolerated=MAX_KEPT_LINES):
-                wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # RFC 9112, 2.2; at once, since there may be many
+                if wire.ahead.startswith(b"\r\n"):
+                    wire.ahead = re.sub(rb"\A(?:\r\n)+", b"", wire.ahead)  # RFC 9112, 2.2; all at once, against a flood
                 if wire.ahead not in (b"", b"\r"):
                     return True
                 wire.ahead += wire.receive(deadline, Silence)
