@@ -291,10 +291,13 @@ class RunningGateway:
         return []
 
     def log(self, count: int) -> list[dict[str, Any]]:
-        """The audit log, once it has that many lines."""
+        """The audit log, once it has that many lines, in the order in which the requests began.
+
+        A line is written after the answer, so that of a later request, on another connection, may come first.
+        """
         eventually(lambda: len(self.lines()) >= count)
         assert len(self.lines()) == count
-        return self.lines()
+        return sorted(self.lines(), key=lambda line: str(line["timestamp"]))
 
     def connect(self, timeout: float = PATIENCE, **context: Any) -> ssl.SSLSocket:
         self.asked += 1
