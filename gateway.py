@@ -107,7 +107,9 @@ class Settings(NamedTuple):
     log: Annotated[File, "gateway.log", "the audit log; - is standard output"]
     scan: Annotated[Mode, "off", "about secrets in prompts: flag logs them, block refuses them"]
     name: Annotated[Names, None, "one more host name or address in a certificate that is made"]
-    cors_origin: Annotated[Origins, None, "whose web pages may use the gateway, like https://*.example.com"]
+    cors_origin: Annotated[Origins, None, "whose web pages, besides this machine's, may use the gateway; * for all"]
+    trusted_proxy: Annotated[Nets, None, "a network, like 10.0.0.0/8, whose proxies tell the address of the client"]
+    status: Annotated[Status, "off", "where to serve /healthz, /readyz and /metrics, over plain HTTP"]
     max_connections: Annotated[Count, "1024", "clients at a time, while others wait"]
     handshake_timeout: Annotated[Seconds, "10", "seconds for a TLS handshake"]
     header_timeout: Annotated[Seconds, "15", "seconds for the whole head of a request"]
@@ -148,8 +150,10 @@ def upstream_url(tls: str, netloc: str, host: str, port: str | None, prefix: str
     return Upstream(bool(tls), host.strip("[]").lower(), int(port or (443 if tls else 80)), netloc, prefix.rstrip("/"))
 
 
-def origin_pattern(scheme: str, host: str, port: str | None) -> re.Pattern[str]:
+def origin_pattern(scheme: str | None, host: str, port: str | None) -> re.Pattern[str]:
     """Make the pattern of the Origin headers to accept.  Browsers write them in lower case and omit a default port."""
+    if not scheme:
+        return re.compile(".+")  # the origin was *
     default_port = {"http": 80, "https": 443}.get(scheme.lower())
     if default_port and re.search(r"\]$|(^|\.)[0-9]+$", host):  # an IP address, which browsers write in canonical form
         host = re.sub("(.*:.*)", r"[\1]", str(ipaddress.ip_address(host.strip("[]"))))
@@ -163,18 +167,22 @@ HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*"  # names of D
 IPV6: Final = r"\[[0-9A-Fa-f:.]+\]"
 PORT: Final = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"  # up to 65535
 URL: Final = rf"(?=[!-~]+\Z)(?i:http(s?))://(({IPV6}|[^][/?#@:]+)(?::({PORT})?)?)((?:/[^?#]*)?)"
-# The lookahead rejects http://* and https://*, which would allow every page of the web.
-ORIGIN: Final = rf"(?!(?i:https?)://\*(?::|\Z))([A-Za-z][A-Za-z0-9+.-]*)://(\*|{IPV6}|{HOST_NAME})(?::(\*|{PORT}))?"
+# The lookahead rejects http://* and https://*, which would allow every page of the web; to mean that, one writes *.
+ORIGIN: Final = rf"\*|(?!(?i:https?)://\*(?::|\Z))([A-Za-z][A-Za-z0-9+.-]*)://(\*|{IPV6}|{HOST_NAME})(?::(\*|{PORT}))?"
+PLACE: Final = rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})"
 
 # The kinds of values: the type, the placeholder in the help text, and the function that reads the text of one value.
 Switch = Annotated[bool, "", functools.partial(read, "(?i:(1|t|true|y|yes|on)|0|f|false|n|no|off)", bool)]
 Place = Annotated[tuple[str, int], "HOST:PORT", functools.partial(
-    read, rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})", lambda host, port: (host.strip("[]"), int(port)))]  # fmt: skip
+    read, PLACE, lambda host, port: (host.strip("[]"), int(port)))]  # fmt: skip
+Status = Annotated[tuple[Any, ...], "HOST:PORT", functools.partial(
+    read, f"off|{PLACE}", lambda host, port: (host.strip("[]"), int(port)) if port else ())]  # fmt: skip
 Url = Annotated[Upstream, "URL", functools.partial(read, URL, upstream_url)]
 File = Annotated[str, "FILE", str]
 Mode = Annotated[str, "MODE", functools.partial(read, "(off|flag|block)", str)]
 Names = Annotated[Sequence[str], "HOST", functools.partial(
     read, rf"({HOST_NAME})|([0-9A-Fa-f:.]+)", lambda name, ip: name or str(ipaddress.ip_address(ip)))]  # fmt: skip
+Nets = Annotated[Sequence[ipaddress.IPv4Network], "NET", functools.partial(read, "(.+)", ipaddress.ip_network)]
 Origins = Annotated[Sequence[re.Pattern[str]], "ORIGIN", functools.partial(read, ORIGIN, origin_pattern)]
 Count = Annotated[int, "N", functools.partial(read, "([1-9][0-9]{0,5})", int)]
 Seconds = Annotated[float, "S", functools.partial(read, r"((?!0*\.?0*$)[0-9]{1,6}(?:\.[0-9]{1,3})?)", float)]
@@ -452,6 +460,14 @@ def describe_certificate(cert: str, names: Iterable[str]) -> tuple[str, datetime
     return hashlib.sha256(der).digest().hex(":").upper(), until, [name for name in names if not _covers(der, name)]
 
 
+def certificate_flaw(cert: str, names: Iterable[str]) -> str:
+    """What is wrong with the certificate, or will be within 30 days; empty if nothing is."""
+    _, until, missing = describe_certificate(cert, names)
+    days = (until - datetime.now(timezone.utc)).days
+    lacks = f"does not cover {', '.join(missing)}" if missing else ""
+    return "has expired" if days < 0 else f"expires in {days} days" if days < 30 else lacks
+
+
 def _covers(der: bytes, name: str) -> bool:
     """Whether a certificate names this host in its subjectAltName extension (RFC 5280, 4.2.1.6)."""
     # After the extension's OID, 2.5.29.17, each name is a tag, its length, and its text or address.  Searching for tag
@@ -603,6 +619,7 @@ _TARGET = re.compile(rb"(?i:https?://[^/?#@]+)?(/.*)?")
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]"
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: (%b*))?" % _TEXT)
 _FIELDS = re.compile(rb"(?:(?:\A|\r\n)%b:%b*)*" % (_TOKEN, _TEXT))
+_LOCAL_PAGES = re.compile(r"https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]+)?")
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
 # The end of one chunk and the line with the size of the next, or an incomplete line that may become one.
 _CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b{0,1000})?\r\n|(?:\r?|\r\n[^\n]{0,1023})\Z" % _TEXT)
@@ -787,6 +804,17 @@ def presented_keys(fields: Fields) -> list[bytes]:
             with contextlib.suppress(ValueError):
                 keys.append(base64.b64decode(secret.strip(), validate=True).partition(b":")[2])
     return [key for key in keys if key]
+
+
+def may_share(origin: bytes, allowed: Iterable[re.Pattern[str]]) -> bool:
+    """Whether web pages of this origin may use the gateway: those of this machine, as in Ollama, and those allowed."""
+    return any(pattern.fullmatch(origin.decode("latin-1")) for pattern in (_LOCAL_PAGES, *allowed))
+
+
+def client_of(fields: Fields, peer: str, trusted: Iterable[ipaddress.IPv4Network]) -> str:
+    """The address of a client: the one that a trusted proxy appended to X-Forwarded-For, or else the peer's."""
+    told, near = fields.get(b"x-forwarded-for", b"").rpartition(b",")[2].strip().decode("latin-1"), _address(peer)
+    return told if _address(told) and any(near in net for net in trusted) else peer
 
 
 def preflight_lines(request: Head) -> list[bytes]:
@@ -1628,6 +1656,64 @@ def _chart(name: str, rows: Sequence[dict[str, Any]]) -> str:
     return f'<div><h2>Tokens by {name}</h2><svg viewBox="0 0 480 {len(shown) * 22 + 4}" role="img">{bars}</svg></div>'
 
 
+# --- Metrics ---
+# What --status tells Prometheus.  Each request is counted once, when its line is written, so what the log says and what
+# is counted agree.  No label holds a key, a prompt or an address.
+
+_HELP: Final = {
+    "gateway_build_info": "gauge The version of the gateway.",
+    "gateway_requests_total": "counter Requests, by method and by the status that was answered.",
+    "gateway_refused_total": "counter Requests that the gateway refused, by rule.",
+    "gateway_upstream_errors_total": "counter Requests for which the upstream failed, by status.",
+    "gateway_tokens_total": "counter Tokens as counted by the upstream, by direction and model.",
+    "gateway_request_duration_seconds": "histogram From a request's first byte to the end of its answer.",
+    "gateway_requests_in_flight": "gauge Requests that the upstream is working on.",
+    "gateway_connections": "gauge Connections of clients.",
+    "gateway_audit_lines_waiting": "gauge Audit lines that could not be written yet.",
+    "gateway_certificate_expiry_timestamp_seconds": "gauge When the certificate expires, in Unix time.",
+}
+_METHODS: Final = {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"}
+_BUCKETS: Final = {f'gateway_request_duration_seconds_bucket{{le="{bound}"}}': float(bound)
+                   for bound in ("0.01", "0.1", "0.5", "1", "5", "10", "30", "60", "300", "+Inf")}  # fmt: skip
+MAX_MODELS: Final = 50  # names of models that are told apart, since each is a series in Prometheus' memory
+
+
+class Metrics:
+    """What was counted since the start, by the name and the labels of each sample.  Used under the lock."""
+
+    def __init__(self) -> None:
+        self.lock, self.samples, self.models = threading.Lock(), dict.fromkeys(_BUCKETS, 0.0), set[str]()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Count a request, by its record for the audit log."""
+        method = record["method"] if record["method"] in _METHODS else "other"
+        seconds, status, refused = record["duration_ms"] / 1000, record["status"], record["refused"]
+        added = dict.fromkeys([bucket for bucket, bound in _BUCKETS.items() if seconds <= bound], 1.0)
+        added[f'gateway_requests_total{{method="{method}",status="{status}"}}'] = 1
+        added["gateway_request_duration_seconds_count"], added["gateway_request_duration_seconds_sum"] = 1, seconds
+        added |= {f'gateway_refused_total{{reason="{refused}"}}': 1} if refused else {}
+        added |= {f'gateway_upstream_errors_total{{status="{status}"}}': 1} if status in (502, 504) else {}
+        with self.lock:
+            for direction in ("prompt", "response"):
+                if tokens := record[f"{direction}_tokens"]:
+                    name = re.sub(r'[\\"\n]', "_", record["model"] or "")
+                    self.models |= {name} if len(self.models) < MAX_MODELS else set()
+                    name = name if name in self.models else "other"
+                    added[f'gateway_tokens_total{{direction="{direction}",model="{name}"}}'] = tokens
+            for sample, number in added.items():
+                self.samples[sample] = self.samples.get(sample, 0) + number
+
+    def lines(self, now: dict[str, float]) -> Iterator[str]:
+        """All metrics in Prometheus' text format; `now` are the samples that are not counted."""
+        with self.lock:
+            samples = {f'gateway_build_info{{version="{__version__}"}}': 1.0, **now, **self.samples}
+        for metric, about in _HELP.items():
+            kind, _, purpose = about.partition(" ")
+            yield f"# HELP {metric} {purpose}\n# TYPE {metric} {kind}"
+            own = re.compile(f"{metric}(_bucket|_sum|_count)?(?![a-z_])")
+            yield from (f"{sample} {number:.15g}" for sample, number in samples.items() if own.match(sample))
+
+
 # --- Sockets ---
 # Every connection has a thread, and calls on its sockets block.  A socket's own time-out would start anew with every
 # byte, so a client that sends one now and then could hold a thread for ever.  Instead, a thread that is about to block
@@ -2180,6 +2266,7 @@ class Gateway(NamedTuple):
     limits: Limits
     watchman: Watchman
     report: Callable[[str], None]
+    metrics: Metrics | None = None
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -2231,7 +2318,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _answer_plain_http(self) -> None:
         """Answer a client that sent plain HTTP.  OpenSSL has consumed its request, so the log cannot show it."""
-        append_line(self.gateway.log, audit_line(datetime.now(timezone.utc), new_record(self.peer, status=400)))
+        self.began, self.record = datetime.now(timezone.utc), new_record(self.peer, status=400)
+        self._log()
         answer = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nThis port speaks https.\n"
         with contextlib.suppress(OSError):
             self.unread = bool(socket.socket.send(self.request, answer))  # below TLS
@@ -2268,8 +2356,14 @@ class Handler(socketserver.BaseRequestHandler):
             self._refuse(Refusal(500, "the gateway failed; its standard error says where"))
         finally:
             self.record["duration_ms"] = round((time.monotonic() - began) * 1000)
-            append_line(self.gateway.log, audit_line(self.began, self.record))
+            self._log()
         return False
+
+    def _log(self) -> None:
+        """Write the request's line, and count it."""
+        append_line(self.gateway.log, audit_line(self.began, self.record))
+        if self.gateway.metrics:
+            self.gateway.metrics.add(self.record)
 
     def _read_request(self) -> Head:
         """Read a request's head.  Raises ClientError, ClientLeft."""
@@ -2282,6 +2376,8 @@ class Handler(socketserver.BaseRequestHandler):
             self.record["method"], self.record["path"] = requested(wire.ahead, paths)
         head, wire.ahead = found
         request = parse_request(head, paths)
+        if self.settings.trusted_proxy:
+            self.record["client"] = client_of(request.fields, self.peer, self.settings.trusted_proxy)
         if paths:
             request.fields.drop(b"referer")  # by which browsers tell the whole path of the page before
         return request
@@ -2292,7 +2388,7 @@ class Handler(socketserver.BaseRequestHandler):
         Raises ClientError 403 or 503.
         """
         origin = request.fields.get(b"origin", b"")
-        if any(pattern.fullmatch(origin.decode("latin-1")) for pattern in self.settings.cors_origin):
+        if origin and may_share(origin, self.settings.cors_origin):
             self.cors = [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin"]
             request.fields.drop(b"origin")  # Ollama refuses origins that it does not know
             if request.method == b"OPTIONS" and b"access-control-request-method" in request.fields:
@@ -2500,6 +2596,75 @@ class Server(http.server.ThreadingHTTPServer):
             self.gateway.watchman.end_all()
 
 
+class StatusServer(socketserver.TCPServer):
+    """Serves StatusHandler, one connection after the other."""
+
+    allow_reuse_address = os.name != "nt"  # there it would let two servers share the port
+
+    def __init__(self, address: tuple[str, int], handler: Callable[..., StatusHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+
+class StatusHandler(http.server.BaseHTTPRequestHandler):
+    """Tells probes and Prometheus how the gateway does.  One is answered at a time, and none may be silent for 1 s."""
+
+    server_version, sys_version, timeout = f"gateway/{__version__}", "", 1
+
+    def __init__(self, gateway: Gateway, *arguments: Any) -> None:
+        self.gateway = gateway
+        super().__init__(*arguments)
+
+    def handle(self) -> None:
+        """Answer one request; a probe that leaves is no fault."""
+        try:
+            super().handle()
+        except (OSError, OperatorError):
+            pass
+        except Exception as error:
+            self.gateway.report(fault(error))
+
+    def do_GET(self) -> None:
+        """Answer /healthz, /readyz and /metrics."""
+        status, text = 404, "there is /healthz, /readyz and /metrics"
+        if self.path == "/healthz":
+            status, text = 200, "ok"
+        elif self.path == "/readyz":
+            reason = self._not_ready()
+            status, text = (503, reason) if reason else (200, "ok")
+        elif self.path == "/metrics" and self.gateway.metrics:
+            status, text = 200, "\n".join(self.gateway.metrics.lines(self._now()))
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(text) + 1))
+        self.end_headers()
+        self.wfile.write(f"{text}\n".encode())
+
+    def _not_ready(self) -> str:
+        """Why requests should go to another replica, if they should."""
+        if self.gateway.watchman.stopping:
+            return "the gateway is stopping"
+        if not is_writable(self.gateway.log):
+            return "the audit log cannot be written"
+        try:
+            self.gateway.pool.connect().close(reset=True)
+        except UpstreamError as error:
+            return str(error)
+        return ""
+
+    def _now(self) -> dict[str, float]:
+        """The metrics that are not counted."""
+        with self.gateway.watchman.lock:
+            clients = list(self.gateway.watchman.clients)
+        expiry = describe_certificate(self.gateway.settings.cert, ())[1].timestamp()
+        return {"gateway_requests_in_flight": sum(client.upstream is not None for client in clients),
+                "gateway_connections": len(clients), "gateway_audit_lines_waiting": len(self.gateway.log.kept),
+                "gateway_certificate_expiry_timestamp_seconds": expiry}  # fmt: skip
+
+    def log_message(self, *_: Any) -> None:
+        """Log nothing: probes come every few seconds."""
+
+
 # --- Demo ---
 # With --demo, requests are forwarded to this server, which answers in the formats of Ollama without any model.
 
@@ -2581,6 +2746,120 @@ def start_demo() -> Upstream:
     return Upstream(False, "127.0.0.1", server.server_port, f"127.0.0.1:{server.server_port}", "")
 
 
+# --- Check ---
+# What can be known before the gateway serves, and once it does: each finding is ok, a warning or an error, and its text
+# says what to do.  These functions look at files and at the network, and change neither.
+
+Findings = Iterator[tuple[str, str]]
+
+
+def findings(settings: Settings) -> Findings:
+    """All findings; what keeps one function from going on is its last one."""
+    for look in (check_keys, check_certificate, check_log, check_port, check_upstream):
+        try:
+            yield from look(settings)
+        except OperatorError as error:  # noqa: PERF203 - the loop is not a hot one
+            yield "error", str(error)
+
+
+def check_keys(settings: Settings) -> Findings:
+    """The key file: weak, expiring and namesake keys, and who may read it."""
+    path, keys, today = settings.keys, load_keys(settings.keys), datetime.now(timezone.utc).date()
+    if not os.path.lexists(path):
+        yield "ok", f"{path} is not there; the start makes it, with one key"
+        return
+    yield ("ok" if keys else "error"), f"{path} holds {len(keys)} keys; keygen makes more"
+    yield from _readable_by_others(path)
+    for name, number in Counter(key.name for key in keys.values()).items():
+        if number > 1:
+            yield "warning", f"{number} keys are called {name} and share its limits; delete the old one"
+    for key in keys.values():
+        if key.weak:
+            yield "warning", f"the key {key.name} is short or well known; replace it by one that keygen makes"
+        if (days := (key.expires - today).days) < 14:
+            when = f"expires in {days} days" if days >= 0 else "has expired"
+            yield "warning", f"the key {key.name} {when}; replace it, or delete its line"
+
+
+def check_certificate(settings: Settings) -> Findings:
+    """Whether certificate and private key are a pair, for which names and until when, and who may read the key."""
+    cert, cert_key = settings.cert, settings.cert_key
+    if not os.path.lexists(cert) and not os.path.lexists(cert_key):
+        yield "ok", f"{cert} and {cert_key} are not there; the start makes them"
+        return
+    tls_context(cert, cert_key)
+    if flaw := certificate_flaw(cert, settings.name):
+        yield "warning", f"{cert} {flaw}; move it and {cert_key} away to have a new pair made"
+    else:
+        yield "ok", f"{cert} is good until {describe_certificate(cert, ())[1]:%Y-%m-%d}"
+    yield from _readable_by_others(cert_key)
+
+
+def _readable_by_others(path: str) -> Findings:
+    if os.name == "posix" and os.stat(path).st_mode & 0o077:
+        yield "warning", f"others may read {path}; run: chmod 600 {path}"
+
+
+def check_log(settings: Settings) -> Findings:
+    """Whether the audit log can be written, or made."""
+    place = settings.log if os.path.lexists(settings.log) else os.path.dirname(os.path.abspath(settings.log))
+    if settings.log == "-" or os.access(place, os.W_OK):
+        yield "ok", f"the audit log can be written to {settings.log}"
+    else:
+        yield "error", f"the audit log cannot be written, since {place} may not; choose another --log"
+
+
+def check_port(settings: Settings) -> Findings:
+    """Whether the port is free."""
+    (host, port), place = settings.listen, host_and_port(*settings.listen)
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        yield "ok", f"{place} is free"
+    except OSError as error:
+        reason = (error.strerror or "").partition(" (while")[0]
+        yield "warning", f"{place} is not free ({reason}); unless the gateway runs there already, see --listen"
+
+
+def check_upstream(settings: Settings) -> Findings:
+    """Which server the upstream is, and whether it can be reached around the gateway."""
+    upstream, answer = settings.upstream, b""
+    try:
+        wire = Pool(settings).connect()
+    except UpstreamError as error:
+        yield "error", str(error)
+        return
+    with contextlib.suppress(OSError), wire.sock as sock:  # which still has the time-out for connecting
+        sock.sendall(f"GET {upstream.prefix}/api/version HTTP/1.0\r\nHost: {upstream.authority}\r\n\r\n".encode())
+        while len(answer) < MAX_HEAD and (data := sock.recv(READ_SIZE)):
+            answer += data
+    version = str(_object(_parsed(answer.partition(b"\r\n\r\n")[2])).get("version", ""))[:MAX_LOGGED]
+    yield "ok", f"the upstream at {upstream.authority} answers{f', it is Ollama {version}' if version else ''}"
+    if version and tuple(map(int, re.findall("[0-9]+", version)[:3])) < (0, 17, 1):
+        yield "warning", f"Ollama {version} has known holes; update it to 0.17.1 or newer"
+    own = own_addresses()
+    for address in own if upstream.host in ("127.0.0.1", "::1", "localhost", *own) else ():
+        with contextlib.suppress(OSError), socket.create_connection((address, upstream.port), timeout=1):
+            around = host_and_port(address, upstream.port)
+            yield "warning", f"{around} leads to the upstream around the gateway; bind it to 127.0.0.1 instead"
+
+
+def own_addresses() -> list[str]:
+    """The addresses of this machine, except for loopback."""
+    found = set[str]()
+    with contextlib.suppress(OSError):
+        found = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
+    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((far, 9))  # sends nothing, but chooses the address from which it would
+            found.add(sock.getsockname()[0])
+    return sorted(address for address in found if (known := _address(address)) and not known.is_loopback)
+
+
+def host_and_port(host: str, port: int) -> str:
+    """Write an address as URLs do."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 # --- Command line ---
 # Arguments come in and an exit status goes out.  No other section prints anything or ends the process.
 
@@ -2638,6 +2917,19 @@ def dimensions(text: str) -> list[str]:
     return sorted({*text.split(",")}, key=DIMENSIONS.index)
 
 
+def check(argv: Sequence[str]) -> Iterator[str]:
+    """Tell what serving with these settings would meet.  Raises Unable for warnings, OperatorError for errors."""
+    found = list(findings(parse_arguments([argument for argument in argv if argument != "--json"])))
+    if "--json" in argv:
+        yield json.dumps([{"state": state, "about": about} for state, about in found])
+    else:
+        yield from (f"{state:<8} {about}" for state, about in found)
+    number = Counter(state for state, _ in found)
+    if number["warning"] or number["error"]:
+        kind = OperatorError if number["error"] else Unable
+        raise kind(f"{number['error']} errors, {number['warning']} warnings")
+
+
 def tell(progress: str) -> None:
     """Show progress on a terminal, in place of what was there."""
     if os.isatty(2):
@@ -2655,7 +2947,11 @@ def verify(argv: Sequence[str]) -> Iterator[str]:
 
 # What can be asked for instead of serving: functions of the other arguments that return lines to print.
 COMMANDS: Final[dict[str, Callable[[Sequence[str]], Iterable[str]]]] = {
-    "keygen": lambda words: [key_line(*words)], "verify-log": verify, "usage": report_usage}  # fmt: skip
+    "keygen": lambda words: [key_line(*words)],
+    "check": check,
+    "usage": report_usage,
+    "verify-log": verify,
+}
 
 
 def serve(settings: Settings) -> int:
@@ -2669,20 +2965,32 @@ def serve(settings: Settings) -> int:
     if not keys.value:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
-    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings), Limits(), Watchman(), say)
+    metrics = Metrics() if settings.status else None
+    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings), Limits(), Watchman(), say, metrics)
     if any(key.tokens for key in keys.value.values()):
         today = datetime.now(timezone.utc).date()
         gateway.limits.charged[today] = charged_on(settings.log, today)
     with explained(f"cannot listen on {host_and_port(*settings.listen)}", "choose another place with --listen", Unable):
         server = Server(gateway, context)
+    status = start_status(gateway) if settings.status else ""
     stop_on_signals(server)
     # All connections depend on these threads.  If one fails, the gateway ends, so that systemd or Docker start it anew.
     threading.excepthook = lambda failed: abandon(server, failed.exc_value)
     relays = [server.relay.run] if server.relay else []
     for run in (lambda: server.serve_forever(TICK), gateway.watchman.run, *relays):
         threading.Thread(target=run, daemon=True).start()
-    announce(gateway, server.socket.getsockname()[1], line.split()[0] if fresh else "", wanted)
+    announce(gateway, server.socket.getsockname()[1], line.split()[0] if fresh else "", wanted, status)
+    notify("READY=1")
     return keep_house(server)
+
+
+def start_status(gateway: Gateway) -> str:
+    """Serve what --status asks for, and return where."""
+    host, port = gateway.settings.status
+    with explained(f"cannot listen on {host_and_port(host, port)}", "choose another place with --status", Unable):
+        server = StatusServer((host, port), functools.partial(StatusHandler, gateway))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return host_and_port(host, server.server_address[1])
 
 
 def keep_house(server: Server) -> int:
@@ -2695,10 +3003,15 @@ def keep_house(server: Server) -> int:
             before, day = day, datetime.now(timezone.utc).date()
             if day != before:
                 say(f"the audit log has {log_head(gateway.log)}")
+                with contextlib.suppress(OperatorError):  # refresh() tells of files that cannot be read
+                    if flaw := certificate_flaw(gateway.settings.cert, gateway.settings.name):
+                        say(f"WARNING {gateway.settings.cert} {flaw}")
+            notify("WATCHDOG=1")
             gateway.pool.prune()
             time.sleep(TICK)
     except Exception as error:
         abandon(server, error)
+    notify("STOPPING=1")
     server.shutdown()
     server.server_close()
     server.drain(gateway.settings.grace)
@@ -2706,6 +3019,13 @@ def keep_house(server: Server) -> int:
     failed = f", but could not write these audit lines:\n{unwritten}" if unwritten else ""
     say(f"Gateway stopped; the audit log has {log_head(gateway.log)}{failed}")
     return 1 if unwritten else 0
+
+
+def notify(state: str) -> None:
+    """Tell the state to systemd, if it started the gateway and waits for that (man 3 sd_notify)."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), path.replace("@", "\0", 1))  # @ stands for an abstract name
 
 
 def abandon(server: Server, error: BaseException | None = None) -> None:
@@ -2746,7 +3066,7 @@ def possible_connections() -> int:
     return max(1, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63 - 32) // 2)
 
 
-def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int) -> None:
+def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int, status: str) -> None:
     """Tell the operator how to use the gateway, and what is wrong with its settings."""
     settings, keys, head = gateway.settings, gateway.keys.value, log_head(gateway.log)
     host, upstream, cert, most = settings.listen[0], settings.upstream, settings.cert, settings.max_connections
@@ -2759,8 +3079,7 @@ def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int) -> None:
         Pool(settings).connect().close(reset=True)
     except UpstreamError as error:
         state = f"NO ANSWER: {error}, or try --demo"
-    fingerprint, until, missing = describe_certificate(cert, settings.name)
-    flaw = "has expired" if until < datetime.now(timezone.utc) else missing and f"does not cover {', '.join(missing)}"
+    (fingerprint, until, _), flaw = describe_certificate(cert, ()), certificate_flaw(cert, settings.name)
     shown = fresh_key if os.isatty(2) else ""  # other people can read a journal or a container's log later
     weak = any(key.weak for key in keys.values())
     # Each row is a label, its text, and the conditions under which they are shown.
@@ -2774,6 +3093,7 @@ def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int) -> None:
         ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
         ("WARNING", f"{cert} {flaw}; move it and {settings.cert_key} away to have a new pair made", flaw),
         ("Audit log", f"{'standard output' if settings.log == '-' else settings.log}, {head}"),
+        ("Status", f"http://{status}/healthz, /readyz and /metrics", status),
         ("Try", f'curl --cacert {cert} -H "X-Api-Key: {shown or "YOUR-KEY"}" {url}/api/{example}')]  # fmt: skip
     lines = "".join(f"\n  {label:<12} {text}" for label, text, *conditions in rows if all(conditions))
     say(f"Gateway listening on {listen}, upstream {host_and_port('' if near else upstream.host, upstream.port)}{lines}")
@@ -2786,11 +3106,6 @@ def say(text: str) -> None:
             if not takes_a_line(2, patience=1):
                 return
             print(line, file=sys.stderr, flush=True)
-
-
-def host_and_port(host: str, port: int) -> str:
-    """Write an address as URLs do."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 # For each option: its flag, the placeholder of its value, the function that reads a value, the default, the purpose.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import http.client
 import importlib.util
 import inspect
 import json
@@ -623,7 +624,8 @@ def recorded(name: str) -> bytes:
 def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     flag, _, parse, default, _ = option
     examples = {"--listen": ("[::1]:1", "h:2"), "--upstream": ("https://a/b", "http://c:1"),
-                "--cors-origin": ("https://a", "https://b:1"), "--name": ("a_b", "::1"), "--scan": ("flag", "block")}
+                "--cors-origin": ("https://a", "https://b:1"), "--name": ("a_b", "::1"), "--scan": ("flag", "block"),
+                "--status": ("[::1]:1", "h:2"), "--trusted-proxy": ("10.0.0.0/8", "fd00::/8")}
     variable, name = "GATEWAY_" + flag[2:].upper().replace("-", "_"), flag[2:].replace("-", "_")
     first, second = examples.get(flag, ("7", "9"))
 
@@ -687,6 +689,7 @@ ORIGINS = {
     "http://127.0.0.1:*": (["http://127.0.0.1:3000"], ["http://127.0.0.11"]),
     "file://*": (["file://"], ["file", "null"]),
     "http://[0:0:0:0:0:0:0:1]:*": (["http://[::1]:3000", "http://[::1]"], ["http://[::2]"]),
+    "*": (["https://a.example", "null", "chrome-extension://abc"], []),
 }
 
 
@@ -702,7 +705,7 @@ def test_an_origin_may_have_wildcards_and_matches_as_browsers_write_it(value: st
     ["--upstream", "http://x?y"], ["--upstream", "http://x:port"], ["--upstream", "http://a..b"], ["--max-connections", "0"], ["--max-connections", "1.5"],
     ["--grace", "0"], ["--grace", "-1"], ["--grace", "nan"], ["--grace", "1e3"], ["--cors-origin", "https://x/"],
     *(["--cors-origin", origin] for origin in (
-        "*", "https://*", "http://*:*", "x.example", "null", "https://a.*.b", "https://a*", "https://*.", "https://x:0x1",
+        "https://*", "http://*:*", "**", "x.example", "null", "https://a.*.b", "https://a*", "https://*.", "https://x:0x1",
         "https://x:99999", "https://x.example/*", "https://u@x", "https://", "http://[::g]", "http://127.1", "http://010.0.0.1:*", "https://*.1", "https://\u00e9.example", "https://a..b")),
     ["--name", ""], ["--name", "\u00e9.example"], ["--name", "a,b"], ["--name", "a:b"], ["--name", "*"], ["--keys"],
     ["--demo=no"], ["keygen", "--help"], ["keygen", "a", "b"], ["--upstream", "http://\u00e9"], ["--upstream", "http://:80"],
@@ -4207,3 +4210,306 @@ def test_leaving_a_real_model_stops_it(llama: str, start: Callable[..., RunningG
             assert sock.recv(65536)
     assert gate.log(1)[0]["status"] == 499
     assert gate.log(1)[0]["duration_ms"] < 5000
+
+
+# --- Operated ---
+
+
+def status_of(gate: RunningGateway, path: str) -> tuple[int, str]:
+    """What the status port answers."""
+    connection = http.client.HTTPConnection(gate.said(r"Status +http://([^/]+)/")[1], timeout=PATIENCE)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    with contextlib.closing(connection):
+        return answer.status, answer.read().decode()
+
+
+def metrics_of(gate: RunningGateway) -> dict[str, float]:
+    lines = status_of(gate, "/metrics")[1].splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+
+
+def test_the_status_port_tells_probes_how_the_gateway_does(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
+    gate = start("--status", "127.0.0.1:0")
+    assert [status_of(gate, path) for path in ("/healthz", "/readyz")] == [(200, "ok\n")] * 2
+    assert status_of(gate, "/api/tags")[0] == 404
+    silent = socket.create_connection(("127.0.0.1", int(gate.said(r"Status +http://[^/]+:(\d+)/")[1])))
+    with silent:  # does not stop the others for longer than the time-out
+        assert status_of(gate, "/healthz") == (200, "ok\n")
+    gate.folder.joinpath("gateway.log").unlink()
+    gate.folder.joinpath("gateway.log").mkdir()
+    eventually(lambda: gate.said("cannot write to gateway.log"))
+    assert status_of(gate, "/readyz") == (503, "the audit log cannot be written\n")
+    assert status_of(gate, "/healthz") == (200, "ok\n")
+
+
+def test_a_gateway_without_an_upstream_is_alive_but_not_ready(start: Callable[..., RunningGateway]) -> None:
+    gate = start("--status", "127.0.0.1:0", "--upstream", "http://127.0.0.1:1")
+    status, reason = status_of(gate, "/readyz")
+    assert (status, "cannot be reached" in reason) == (503, True)
+    assert status_of(gate, "/healthz")[0] == 200
+
+
+def test_a_gateway_that_stops_is_not_ready(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
+    released = threading.Event()
+
+    def wait(sock: socket.socket, _: Message) -> None:
+        released.wait(PATIENCE)
+        sock.sendall(ok(b"{}"))
+
+    upstream.script = wait
+    gate = start("--status", "127.0.0.1:0")
+    with gate.connect() as sock:
+        sock.sendall(request(body=b"{}"))
+        eventually(lambda: metrics_of(gate)["gateway_requests_in_flight"] == 1)
+        assert metrics_of(gate)["gateway_connections"] == 1
+        gate.process.send_signal(signal.SIGTERM)
+        eventually(lambda: status_of(gate, "/readyz") == (503, "the gateway is stopping\n"))
+        released.set()
+        assert Reader(sock).message().status == 200
+
+
+def test_metrics_count_what_the_log_says(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
+    gate = start("--status", "127.0.0.1:0", keys="key-one name=one\nkey-two name=two role=user\n")
+    upstream.script = recorded("chat")
+    secret = b'{"model": "llama\\"3\\n", "messages": [{"content": "a-secret-prompt"}]}'
+    assert gate.ask(body=secret, key="key-one").status == 200
+    assert gate.ask("/api/pull", b"{}", key="key-two").status == 403
+    assert gate.ask(method="BREW", key=WRONG_KEY).status == 403
+    upstream.script = b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n"
+    assert gate.ask(body=b"{}", key="key-one").status == 502
+    [first, *_] = gate.log(4)
+    eventually(lambda: metrics_of(gate)["gateway_request_duration_seconds_count"] == 4)
+    found = metrics_of(gate)
+    assert {name: value for name, value in found.items() if "total" in name} == {
+        'gateway_requests_total{method="POST",status="200"}': 1,
+        'gateway_requests_total{method="POST",status="403"}': 1,
+        'gateway_requests_total{method="POST",status="502"}': 1,
+        'gateway_requests_total{method="other",status="403"}': 1,
+        'gateway_refused_total{reason="role"}': 1,
+        'gateway_refused_total{reason="key"}': 1,
+        'gateway_upstream_errors_total{status="502"}': 1,
+        'gateway_tokens_total{direction="prompt",model="llama_3_"}': first["prompt_tokens"],
+        'gateway_tokens_total{direction="response",model="llama_3_"}': first["response_tokens"],
+    }
+    assert found['gateway_request_duration_seconds_bucket{le="+Inf"}'] == 4
+    assert found["gateway_audit_lines_waiting"] == 0
+    assert found[f'gateway_build_info{{version="{gateway.__version__}"}}'] == 1
+    assert found["gateway_certificate_expiry_timestamp_seconds"] > time.time()
+    everything = status_of(gate, "/metrics")[1]
+    assert not [word for word in ("key-one", "a-secret-prompt", "127.0.0.1", WRONG_KEY, "one") if f'"{word}"' in everything]
+
+
+def test_metrics_tell_a_bounded_number_of_models_apart() -> None:
+    metrics = gateway.Metrics()
+    for number in range(200):
+        metrics.add({**gateway.new_record("::1"), "model": f"m{number}", "prompt_tokens": 1, "response_tokens": 2})
+    tokens = {sample: value for sample, value in metrics.samples.items() if "tokens" in sample}
+    assert len(tokens) == 2 * (gateway.MAX_MODELS + 1)
+    assert tokens['gateway_tokens_total{direction="prompt",model="other"}'] == 200 - gateway.MAX_MODELS
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool (Debian: prometheus) is not installed")
+def test_promtool_finds_nothing_to_mend_in_the_metrics(start: Callable[..., RunningGateway]) -> None:
+    gate = start("--status", "127.0.0.1:0")
+    gate.ask(body=b"{}")
+    checked = subprocess.run(["promtool", "check", "metrics"], input=status_of(gate, "/metrics")[1], text=True,
+                             capture_output=True, check=False, timeout=PATIENCE)
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="Prometheus is not installed")
+def test_a_real_prometheus_scrapes_the_metrics(start: Callable[..., RunningGateway], tmp_path: Path) -> None:
+    gate = start("--status", "127.0.0.1:0")
+    gate.ask(body=b"{}")
+    target = gate.said(r"Status +http://([^/]+)/")[1]
+    (tmp_path / "prometheus.yml").write_text(
+        f"scrape_configs: [{{job_name: gateway, scrape_interval: 1s, static_configs: [{{targets: ['{target}']}}]}}]\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}"]
+    process = subprocess.Popen(["prometheus", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def scraped() -> Any:
+        with contextlib.suppress(OSError), contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as connection:
+            connection.request("GET", "/api/v1/query?query=gateway_requests_total")
+            return json.loads(connection.getresponse().read())["data"]["result"]
+
+    try:
+        [series] = eventually(scraped, seconds=3 * PATIENCE)
+        assert (series["metric"]["status"], series["value"][1]) == ("200", "1")
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+
+
+def test_the_status_port_must_be_free(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        ended = subprocess.run([sys.executable, str(HERE / "gateway.py"), "--demo", "--listen", "127.0.0.1:0", "--status", place],
+                               cwd=tmp_path, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert ended.returncode == 1
+    assert place in ended.stderr
+    assert "--status" in ended.stderr
+
+
+@pytest.mark.parametrize("origin", ["http://localhost", "http://localhost:3000", "https://127.0.0.1:8080", "http://[::1]:5173"])
+def test_web_pages_of_this_machine_need_no_flag(gate: RunningGateway, upstream: FakeUpstream, origin: str) -> None:
+    asked = gate.ask("/api/chat", b"", f"Origin: {origin}", *PREFLIGHT, method="OPTIONS", key=None)
+    assert (asked.status, asked.values("access-control-allow-origin")) == (204, [origin])
+    answer = gate.ask("/api/chat", b"{}", f"Origin: {origin}")
+    assert (answer.status, answer.values("access-control-allow-origin")) == (200, [origin])
+    assert not upstream.received[0].values("origin")
+
+
+@pytest.mark.parametrize("origin", ["http://localhost.evil.example", "http://evil-localhost", "http://127.0.0.1.evil.example", "http://localhost:3000@evil"])
+def test_pages_that_only_look_like_those_of_this_machine_are_refused(gate: RunningGateway, origin: str) -> None:
+    asked = gate.ask("/api/chat", b"", f"Origin: {origin}", *PREFLIGHT, method="OPTIONS", key=None)
+    assert (asked.status, asked.values("access-control-allow-origin")) == (403, [])
+
+
+def test_a_trusted_proxy_tells_the_address_of_the_client(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
+    gate = start("--trusted-proxy", "10.0.0.0/8", "--trusted-proxy", "127.0.0.0/8")
+    told = ["198.51.100.7", "6.6.6.6, 198.51.100.7", "2001:db8::1", "not an address", "198.51.100.7, "]
+    for forwarded in told:
+        gate.ask("/", b"{}", f"X-Forwarded-For: {forwarded}")
+    gate.ask("/", b"{}")
+    expected = ["198.51.100.7", "198.51.100.7", "2001:db8::1", "127.0.0.1", "127.0.0.1", "127.0.0.1"]
+    assert sorted(line["client"] for line in gate.log(6)) == sorted(expected)
+    assert upstream.received[1].values("x-forwarded-for") == ["6.6.6.6, 198.51.100.7, 127.0.0.1"]
+
+
+def test_a_proxy_that_is_not_trusted_tells_nothing(start: Callable[..., RunningGateway]) -> None:
+    gate = start("--trusted-proxy", "10.0.0.0/8", "--trusted-proxy", "::1/128")
+    gate.ask("/", b"{}", "X-Forwarded-For: 198.51.100.7")
+    assert [line["client"] for line in gate.log(1)] == ["127.0.0.1"]
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there are no Unix sockets here")
+@pytest.mark.parametrize("name", ["notify", "@gateway-test"], ids=["file", "abstract"])
+def test_systemd_is_told_when_the_gateway_is_ready_works_and_stops(
+    start: Callable[..., RunningGateway], tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    if name.startswith("@") and sys.platform != "linux":
+        pytest.skip("abstract names exist on Linux only")
+    place = f"{name}-{os.getpid()}" if name.startswith("@") else str(tmp_path_factory.mktemp("n") / name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(place.replace("@", "\0"))
+        told.settimeout(PATIENCE)
+        gate = start(env={"NOTIFY_SOCKET": place})
+        assert [told.recv(100), told.recv(100), told.recv(100)] == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
+        assert gate.stop() == 0
+        assert b"STOPPING=1" in iter(lambda: told.recv(100), b"")
+
+
+def certificate_for(folder: Path, days: int) -> None:
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", "key.pem",
+                    "-out", "cert.pem", "-days", str(days), "-subj", "/CN=a", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+                   cwd=folder, check=True, capture_output=True, timeout=PATIENCE)
+    (folder / "key.pem").chmod(0o600)
+
+
+def test_a_certificate_that_ends_soon_is_told_at_the_start_and_every_day(tmp_path: Path, start: Callable[..., RunningGateway]) -> None:
+    certificate_for(tmp_path, days=20)
+    clock = """
+import datetime, os
+class Clock(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.datetime.now(tz) + datetime.timedelta(days=os.path.exists("tomorrow"))
+gateway.datetime = Clock"""
+    gate = start("--name", "llm.example.com", program=changed_gateway(tmp_path, clock))
+    assert gate.said(r"WARNING +cert.pem expires in (19|20) days; move it and key.pem away")
+    (tmp_path / "tomorrow").touch()
+    eventually(lambda: gate.said(r"\n[-0-9]+ [:0-9]+ WARNING cert.pem expires in (18|19) days\n"))
+
+
+def checked(folder: Path, *flags: str) -> tuple[int, list[str]]:
+    """The exit status of `check`, and its findings."""
+    found = subprocess.run([sys.executable, str(HERE / "gateway.py"), "check", *flags], cwd=folder, capture_output=True,
+                           text=True, check=False, timeout=PATIENCE)
+    assert "Traceback" not in found.stderr
+    return found.returncode, found.stdout.splitlines()
+
+
+@pytest.fixture
+def checkable(tmp_path: Path, upstream: FakeUpstream) -> list[str]:
+    """The flags with which there is nothing to find, in tmp_path."""
+    (tmp_path / "keys.txt").write_text(f"{KEY} name=alice\n")
+    (tmp_path / "keys.txt").chmod(0o600)
+    certificate_for(tmp_path, days=100)
+    upstream.script = ok(b'{"version": "0.17.1"}')
+    return ["--listen", "127.0.0.1:0", "--upstream", f"http://127.0.0.1:{upstream.port}"]
+
+
+def test_check_finds_nothing_where_all_is_well(tmp_path: Path, checkable: list[str], upstream: FakeUpstream) -> None:
+    status, found = checked(tmp_path, *checkable)
+    assert (status, {line.split()[0] for line in found}) == (0, {"ok"})
+    assert any("it is Ollama 0.17.1" in line for line in found)
+    as_json = json.loads("".join(checked(tmp_path, *checkable, "--json")[1]))
+    assert [f"{finding['state']:<8} {finding['about']}" for finding in as_json] == found
+    assert not (tmp_path / "gateway.log").exists()
+
+
+def test_check_finds_a_fresh_folder_in_order(tmp_path: Path, upstream: FakeUpstream) -> None:
+    status, found = checked(tmp_path, "--listen", "127.0.0.1:0", "--upstream", f"http://127.0.0.1:{upstream.port}")
+    assert (status, sum("makes" in line for line in found)) == (0, 2)
+    assert not list(tmp_path.iterdir())
+
+
+SOON = f"{datetime.now(timezone.utc) + timedelta(5):%Y-%m-%d}"
+CHECKS: dict[str, tuple[str, Callable[[Path], Any], list[str], bytes, int]] = {
+    "a weak key": ("is short or well known", lambda at: (at / "keys.txt").write_text("demo-key\n"), [], b"", 1),
+    "two keys of one name": ("2 keys are called a", lambda at: (at / "keys.txt").write_text(f"{KEY} name=a\n{OTHER_KEY} name=a\n"), [], b"", 1),
+    "a key that expires": ("the key a expires in", lambda at: (at / "keys.txt").write_text(f"{KEY} name=a expires={SOON}\n"), [], b"", 1),
+    "a key that has expired": ("the key a has expired", lambda at: (at / "keys.txt").write_text(f"{KEY} name=a expires=2020-01-01\n"), [], b"", 1),
+    "no key": ("holds 0 keys", lambda at: (at / "keys.txt").write_text(""), [], b"", 2),
+    "a wrong line": ("keys.txt:1", lambda at: (at / "keys.txt").write_text(f"{KEY} colour=red\n"), [], b"", 2),
+    "a key file for all": ("chmod 600 keys.txt", lambda at: (at / "keys.txt").chmod(0o644), [], b"", 1),
+    "a private key for all": ("chmod 600 key.pem", lambda at: (at / "key.pem").chmod(0o644), [], b"", 1),
+    "a certificate that ends soon": ("cert.pem expires in", lambda at: certificate_for(at, days=9), [], b"", 1),
+    "a name that is missing": ("does not cover x.example", lambda _: None, ["--name", "x.example"], b"", 1),
+    "half a pair": ("no usable pair", lambda at: (at / "key.pem").unlink(), [], b"", 2),
+    "a log that cannot be": ("the audit log cannot be written", lambda _: None, ["--log", "/nonexistent/log"], b"", 2),
+    "an old Ollama": ("update it to 0.17.1", lambda _: None, [], ok(b'{"version": "0.13.5"}'), 1),
+    "another server": ("answers", lambda _: None, [], ok(b"<html>"), 0),
+    "no upstream": ("cannot be reached", lambda _: None, ["--upstream", "http://127.0.0.1:1"], b"", 2),
+}
+
+
+@pytest.mark.parametrize(("says", "change", "flags", "answer", "status"), CHECKS.values(), ids=CHECKS.keys())
+def test_check_finds_what_is_wrong_and_says_what_to_do(
+    tmp_path: Path, checkable: list[str], upstream: FakeUpstream, says: str, change: Callable[[Path], Any], flags: list[str],
+    answer: bytes, status: int,
+) -> None:  # fmt: skip
+    change(tmp_path)
+    upstream.script = answer or upstream.script
+    found = checked(tmp_path, *checkable, *flags)
+    assert found[0] == status
+    assert any(says in line for line in found[1])
+    assert KEY not in "".join(found[1])
+
+
+def test_check_tells_that_the_port_is_taken(tmp_path: Path, checkable: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, found = checked(tmp_path, *checkable, "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
+    assert (status, any("is not free" in line for line in found)) == (1, True)
+
+
+@pytest.mark.skipif(not gateway.own_addresses(), reason="this machine has no address but loopback")
+def test_check_finds_a_way_around_the_gateway(tmp_path: Path, checkable: list[str]) -> None:
+    with socket.create_server(("", 0)) as everywhere:
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    sock, _ = everywhere.accept()
+                    with sock:
+                        sock.recv(1000)
+                        sock.sendall(ok(b"{}"))
+
+        threading.Thread(target=answer, daemon=True).start()
+        port = everywhere.getsockname()[1]
+        status, found = checked(tmp_path, *checkable, "--upstream", f"http://127.0.0.1:{port}")
+        everywhere.shutdown(socket.SHUT_RDWR)
+    assert status == 1
+    assert any(f"{address}:{port} leads to the upstream around the gateway" in line for line in found for address in gateway.own_addresses())
