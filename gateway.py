@@ -36,6 +36,7 @@ from __future__ import annotations
 import _thread
 import argparse
 import base64
+import bisect
 import contextlib
 import errno
 import functools
@@ -45,6 +46,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -1673,40 +1675,51 @@ _HELP: Final = {
     "gateway_certificate_expiry_timestamp_seconds": "gauge When the certificate expires, in Unix time.",
 }
 _METHODS: Final = {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"}
-_BUCKETS: Final = {f'gateway_request_duration_seconds_bucket{{le="{bound}"}}': float(bound)
-                   for bound in ("0.01", "0.1", "0.5", "1", "5", "10", "30", "60", "300", "+Inf")}  # fmt: skip
+_BOUNDS: Final = (10, 100, 500, 1_000, 5_000, 10_000, 30_000, 60_000, 300_000)  # milliseconds
 MAX_MODELS: Final = 50  # names of models that are told apart, since each is a series in Prometheus' memory
 
 
 class Metrics:
-    """What was counted since the start, by the name and the labels of each sample.  Used under the lock."""
+    """What was counted since the start.  All threads share it, and use it under the lock."""
 
     def __init__(self) -> None:
-        self.lock, self.samples, self.models = threading.Lock(), dict.fromkeys(_BUCKETS, 0.0), set[str]()
+        self.lock, self.milliseconds = threading.Lock(), 0
+        # By method, status, the rule that refused and the place of the duration in _BOUNDS; and by direction and model.
+        self.requests, self.tokens = Counter[tuple[str, int, str, int]](), Counter[tuple[str, str]]()
 
     def add(self, record: dict[str, Any]) -> None:
         """Count a request, by its record for the audit log."""
         method = record["method"] if record["method"] in _METHODS else "other"
-        seconds, status, refused = record["duration_ms"] / 1000, record["status"], record["refused"]
-        added = dict.fromkeys([bucket for bucket, bound in _BUCKETS.items() if seconds <= bound], 1.0)
-        added[f'gateway_requests_total{{method="{method}",status="{status}"}}'] = 1
-        added["gateway_request_duration_seconds_count"], added["gateway_request_duration_seconds_sum"] = 1, seconds
-        added |= {f'gateway_refused_total{{reason="{refused}"}}': 1} if refused else {}
-        added |= {f'gateway_upstream_errors_total{{status="{status}"}}': 1} if status in (502, 504) else {}
+        place = bisect.bisect_left(_BOUNDS, record["duration_ms"])
         with self.lock:
+            self.requests[method, record["status"], record["refused"], place] += 1
+            self.milliseconds += record["duration_ms"]
             for direction in ("prompt", "response"):
                 if tokens := record[f"{direction}_tokens"]:
-                    name = re.sub(r'[\\"\n]', "_", record["model"] or "")
-                    self.models |= {name} if len(self.models) < MAX_MODELS else set()
-                    name = name if name in self.models else "other"
-                    added[f'gateway_tokens_total{{direction="{direction}",model="{name}"}}'] = tokens
-            for sample, number in added.items():
-                self.samples[sample] = self.samples.get(sample, 0) + number
+                    known = (direction, record["model"]) in self.tokens or len(self.tokens) < 2 * MAX_MODELS
+                    self.tokens[direction, record["model"] if known else "other"] += tokens
+
+    def samples(self) -> dict[str, float]:
+        """All that was counted, by the name and the labels that Prometheus gets."""
+        found, buckets, name = Counter[str](), [0] * (len(_BOUNDS) + 1), "gateway_request_duration_seconds"
+        with self.lock:
+            requests, tokens, milliseconds = [*self.requests.items()], [*self.tokens.items()], self.milliseconds
+        for (method, status, refused, place), number in requests:
+            buckets[place] += number
+            found[f'gateway_requests_total{{method="{method}",status="{status}"}}'] += number
+            found[f'gateway_refused_total{{reason="{refused}"}}'] += number if refused else 0
+            found[f'gateway_upstream_errors_total{{status="{status}"}}'] += number if status in (502, 504) else 0
+        for (direction, model), number in tokens:
+            label = re.sub(r'[\\"\n]', "_", model or "")
+            found[f'gateway_tokens_total{{direction="{direction}",model="{label}"}}'] += number
+        told = {sample: float(number) for sample, number in found.items() if number}
+        for bound, number in zip((*(bound / 1000 for bound in _BOUNDS), "+Inf"), itertools.accumulate(buckets)):
+            told[f'{name}_bucket{{le="{bound}"}}'] = number
+        return {**told, f"{name}_sum": milliseconds / 1000, f"{name}_count": sum(buckets)}
 
     def lines(self, now: dict[str, float]) -> Iterator[str]:
         """All metrics in Prometheus' text format; `now` are the samples that are not counted."""
-        with self.lock:
-            samples = {f'gateway_build_info{{version="{__version__}"}}': 1.0, **now, **self.samples}
+        samples = {f'gateway_build_info{{version="{__version__}"}}': 1.0, **now, **self.samples()}
         for metric, about in _HELP.items():
             kind, _, purpose = about.partition(" ")
             yield f"# HELP {metric} {purpose}\n# TYPE {metric} {kind}"
