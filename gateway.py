@@ -93,6 +93,7 @@ CONNECT_TIMEOUT: Final = 5.0  # seconds to connect to the upstream
 POOL_SIZE: Final = 64  # idle upstream connections that are kept
 POOL_SECONDS: Final = 4.0  # seconds for which they are kept: uvicorn and llama.cpp close theirs after 5
 LINGER: Final = 15.0  # seconds in which a refused client may finish sending and read why: nginx waits 5 to 30
+NOTICE: Final = 3.0  # seconds from a signal to the end of accepting, where --status tells a balancer to go elsewhere
 TICK: Final = 0.25  # seconds between two checks of files, pool and deadlines
 NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # shortages that may pass, so we wait
 
@@ -1920,6 +1921,7 @@ class Watchman:
     """Ends what overstays, and requests whose clients have left."""
 
     def __init__(self) -> None:
+        self.leaving = False  # from then on, --status says that requests should go elsewhere
         self.stopping = False  # from then on, nobody waits for another request
         self.clients: set[Client] = set()  # all there are; used under the lock
         self.lock = threading.RLock()  # reentrant for the same reason as a wire's
@@ -2655,7 +2657,7 @@ class StatusHandler(http.server.BaseHTTPRequestHandler):
 
     def _not_ready(self) -> str:
         """Why requests should go to another replica, if they should."""
-        if self.gateway.watchman.stopping:
+        if self.gateway.watchman.leaving:
             return "the gateway is stopping"
         if not is_writable(self.gateway.log):
             return "the audit log cannot be written"
@@ -3010,7 +3012,7 @@ def keep_house(server: Server) -> int:
     """While other threads serve, follow the files and close idle connections.  Returns the exit status at the end."""
     gateway, day = server.gateway, datetime.now(timezone.utc).date()
     try:
-        while not gateway.watchman.stopping:
+        while not gateway.watchman.leaving:
             for news in filter(None, (gateway.keys.refresh(), server.context.refresh(), *log_news(gateway.log))):
                 say(news)
             before, day = day, datetime.now(timezone.utc).date()
@@ -3025,6 +3027,8 @@ def keep_house(server: Server) -> int:
     except Exception as error:
         abandon(server, error)
     notify("STOPPING=1")
+    time.sleep(NOTICE if gateway.settings.status else 0)
+    gateway.watchman.stopping = True
     server.shutdown()
     server.server_close()
     server.drain(gateway.settings.grace)
@@ -3057,9 +3061,9 @@ def stop_on_signals(server: Server) -> None:
     """
 
     def stop(*_: Any) -> None:
-        if server.gateway.watchman.stopping:
+        if server.gateway.watchman.leaving:
             abandon(server)
-        server.gateway.watchman.stopping = True
+        server.gateway.watchman.leaving = True
 
     handlers: dict[str, Any] = {"SIGINT": stop, "SIGTERM": stop, "SIGHUP": signal.SIG_IGN, "SIGUSR1": signal.SIG_IGN}
     for name in handlers.keys() & dir(signal):  # Windows has neither SIGHUP nor SIGUSR1

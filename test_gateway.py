@@ -4514,3 +4514,146 @@ def test_check_finds_a_way_around_the_gateway(tmp_path: Path, checkable: list[st
         everywhere.shutdown(socket.SHUT_RDWR)
     assert status == 1
     assert any(f"{address}:{port} leads to the upstream around the gateway" in line for line in found for address in gateway.own_addresses())
+
+
+# --- More than one machine ---
+
+
+def status_port(gate: RunningGateway) -> int:
+    return int(gate.said(r"Status +http://[^/]+:(\d+)/")[1])
+
+
+class Farm:
+    """Some gateways behind a real HAProxy, with the configuration in deploy/."""
+
+    def __init__(self, folder: Path, start: Callable[..., RunningGateway], replicas: int, keys: str) -> None:
+        self.folder, self.replicas = folder, []
+        for number in range(replicas):
+            (folder / str(number)).mkdir()
+            flags = ("--status", "127.0.0.1:0", "--trusted-proxy", "127.0.0.0/8", "--grace", "20")
+            self.replicas.append(start(*flags, folder=folder / str(number), keys=keys))
+        config, self.ports = (HERE / "deploy" / "haproxy.cfg").read_text(), []
+        for frontend in (":8443\n", ":8444 "):
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                self.ports.append(free.getsockname()[1])
+            config = config.replace(f"bind {frontend}", f"bind 127.0.0.1:{self.ports[-1]}{frontend[-1]}")
+        config = config.replace("/etc/haproxy", str(folder)).replace(" check port 9090 inter 1s", " check inter 100ms")
+        servers = "".join(f"    server r{number} 127.0.0.1:{gate.port} port {status_port(gate)}\n" for number, gate in enumerate(self.replicas))
+        config = re.sub(r"(?m)(^    server .*\n)+", servers, config)
+        for name in ("cert.pem", "key.pem"):
+            shutil.copy(certificate_folder() / name, folder / name)
+        (folder / "gateway.pem").write_text((folder / "cert.pem").read_text() + (folder / "key.pem").read_text())
+        (folder / "haproxy.cfg").write_text(config)
+        with (folder / "haproxy.out").open("wb") as said:
+            self.process = subprocess.Popen(["haproxy", "-db", "-f", str(folder / "haproxy.cfg")], stdout=said, stderr=said)
+        eventually(lambda: all(self.ask(frontend, "key-0", "/api/tags", "GET") == 200 for frontend in (0, 1) for _ in range(replicas)))
+
+    def connect(self, frontend: int) -> ssl.SSLSocket:
+        raw = socket.create_connection(("127.0.0.1", self.ports[frontend]), PATIENCE)
+        return client_context(self.folder / "cert.pem").wrap_socket(raw, server_hostname="localhost")
+
+    def ask(self, frontend: int, key: str, path: str = "/api/chat", method: str = "POST", *lines: str) -> int:
+        """The status of a request on a connection of its own; 0 if there is no answer."""
+        with contextlib.suppress(OSError), self.connect(frontend) as sock:
+            sock.sendall(request(path, b"{}" * (method == "POST"), *lines, method=method, key=key or None))
+            return Reader(sock).message(answer_to=method).status
+        return 0
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [line for gate in self.replicas for line in gate.lines()]
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+
+FARM_KEYS = "".join(f"key-{number} name=n{number} rate=3/day\n" for number in range(9))
+needs_haproxy = pytest.mark.skipif(not shutil.which("haproxy"), reason="HAProxy is not installed")
+
+
+@pytest.fixture
+def farm(tmp_path: Path, start: Callable[..., RunningGateway]) -> Iterator[Callable[..., Farm]]:
+    farms: list[Farm] = []
+
+    def start_farm(replicas: int, keys: str = FARM_KEYS) -> Farm:
+        farms.append(Farm(tmp_path, start, replicas, keys))
+        return farms[-1]
+
+    yield start_farm
+    for one in farms:
+        one.stop()
+
+
+@needs_haproxy
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_behind_haproxy_the_limits_of_each_key_are_exact(farm: Callable[..., Farm], replicas: int) -> None:
+    three = farm(replicas)
+    for number in range(9):
+        assert [three.ask(1, f"key-{number}") for _ in range(5)] == [200, 200, 200, 429, 429]
+    used = [{line["key"] for line in gate.lines() if line["method"] == "POST"} for gate in three.replicas]
+    assert sum(map(len, used)) == 9  # each key on one replica
+    assert sum(map(bool, used)) > 1
+    assert {line["client"] for line in three.lines()} == {"127.0.0.1"}
+
+
+@needs_haproxy
+def test_haproxy_finds_a_key_wherever_it_stands(farm: Callable[..., Farm]) -> None:
+    three = farm(3, "key-0 name=n0 path=yes rate=4/day\n")
+    basic = base64.b64encode(b"any:key-0").decode()
+    channels = ["Authorization: Bearer key-0", f"Authorization: Basic {basic}", f"Proxy-Authorization: Basic {basic}"]
+    statuses = [three.ask(1, "", "/api/chat", "POST", channel) for channel in channels]
+    statuses += [three.ask(1, "", "/k/key-0/api/chat"), three.ask(1, "key-0")]
+    assert statuses == [200, 200, 200, 200, 429]
+
+
+@needs_haproxy
+@pytest.mark.parametrize("frontend", [0, 1], ids=["passed through", "ended there"])
+def test_one_replica_that_is_drained_and_one_that_is_killed_break_only_their_streams(
+    farm: Callable[..., Farm], upstream: FakeUpstream, frontend: int
+) -> None:
+    released = threading.Event()
+
+    def stream(sock: socket.socket, message: Message) -> None:
+        if message.head[0].startswith(b"POST /api/generate"):
+            sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+            released.wait(3 * PATIENCE)
+            sock.sendall(b"1\r\nb\r\n0\r\n\r\n")
+        else:
+            sock.sendall(ok(b"{}"))
+
+    three = farm(3, "".join(f"key-{number} name=n{number}\n" for number in range(9)))
+    upstream.script = stream
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(three.connect(frontend)) for _ in range(9)]
+        readers = [Reader(sock) for sock in streams]
+        for number, sock in enumerate(streams):
+            sock.sendall(request("/api/generate", b"{}", key=f"key-{number}"))
+            assert readers[number].line().startswith(b"HTTP/1.1 200")
+        eventually(lambda: sum(metrics_of(gate)["gateway_requests_in_flight"] for gate in three.replicas) == 9)
+        running = [metrics_of(gate)["gateway_requests_in_flight"] for gate in three.replicas]
+        assert running[1] < 9  # or all would break
+        three.replicas[0].process.send_signal(signal.SIGTERM)
+        three.replicas[1].process.kill()
+        assert [three.ask(frontend, f"key-{number}", "/api/tags", "GET") for number in range(9)] == [200] * 9
+        released.set()
+        ended = [everything(reader).endswith(b"0\r\n\r\n") for reader in readers]
+        assert ended.count(False) == running[1]
+    eventually(lambda: three.replicas[0].process.poll() == 0)
+    whole = [line for line in three.lines() if line["path"] == "/api/generate"]
+    eventually(lambda: len([line for line in three.lines() if line["path"] == "/api/generate"]) == ended.count(True))
+    assert {line["status"] for line in whole} <= {200}
+    logs = [str(gate.folder / "gateway.log") for gate in three.replicas]
+    for log in logs:
+        assert gateway.main(["verify-log", log]) == 0
+    used = subprocess.run([sys.executable, str(HERE / "gateway.py"), "usage", "--json", "--by", "day", *logs], cwd=three.folder,
+                          capture_output=True, text=True, check=True, timeout=PATIENCE)
+    assert json.loads(used.stdout)["total"]["requests"] == len(three.lines())
+
+
+def everything(reader: Reader) -> bytes:
+    """What comes until the answer's last chunk, or the end of the connection."""
+    found = b""
+    with contextlib.suppress(OSError):
+        while not found.endswith(b"0\r\n\r\n") and (line := reader.line()):
+            found += line
+    return found
