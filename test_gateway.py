@@ -4657,3 +4657,18 @@ def everything(reader: Reader) -> bytes:
         while not found.endswith(b"0\r\n\r\n") and (line := reader.line()):
             found += line
     return found
+
+
+def test_a_changed_secret_of_kubernetes_is_in_force_at_once(tmp_path: Path, start: Callable[..., RunningGateway]) -> None:
+    mount = tmp_path / "mount"  # where the kubelet exchanges the link ..data, and not the file
+    for version, key in (("..1", KEY), ("..2", OTHER_KEY)):
+        (mount / version).mkdir(parents=True)
+        (mount / version / "keys.txt").write_text(f"{key} name=a\n")
+    (mount / "..data").symlink_to("..1")
+    (mount / "keys.txt").symlink_to("..data/keys.txt")
+    gate = start("--keys", str(mount / "keys.txt"))
+    assert [gate.ask("/", b"{}", key=key).status for key in (KEY, OTHER_KEY)] == [200, 403]
+    (mount / "..new").symlink_to("..2")
+    (mount / "..new").replace(mount / "..data")
+    eventually(lambda: gate.ask("/", b"{}", key=OTHER_KEY).status == 200)
+    assert gate.ask("/", b"{}", key=KEY).status == 403
