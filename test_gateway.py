@@ -298,7 +298,7 @@ class RunningGateway:
         """
         eventually(lambda: len(self.lines()) >= count)
         assert len(self.lines()) == count
-        return sorted(self.lines(), key=lambda line: str(line["timestamp"]))
+        return sorted(self.lines(), key=lambda line: str(line.get("timestamp")))
 
     def connect(self, timeout: float = PATIENCE, **context: Any) -> ssl.SSLSocket:
         self.asked += 1
@@ -3082,6 +3082,23 @@ def test_the_readme_lists_every_flag_as_it_is() -> None:
 def test_the_readme_shows_the_tokens_that_the_demo_counts() -> None:
     readme = (HERE / "README.md").read_text()
     assert f'"prompt_tokens": 4, "response_tokens": {len(gateway.DEMO_WORDS)}, "status": 200' in readme
+
+
+def test_the_readme_says_how_long_the_file_is() -> None:
+    lines, said = len((HERE / "gateway.py").read_text().splitlines()), re.search(r"\*\*([\d,]+) lines of Python", (HERE / "README.md").read_text())
+    assert said
+    assert round(lines, -2) == int(said[1].replace(",", ""))
+
+
+def test_the_links_in_the_readme_lead_somewhere() -> None:
+    for page in (HERE / "README.md", *(HERE / ".github" / "docs").glob("*.md")):
+        text = page.read_text()
+        sections = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"(?m)^#+ (.*)", text)}
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if not target.startswith("http"):
+                file, _, section = target.partition("#")
+                assert not file or (page.parent / file).exists(), target
+                assert not section or section in sections, target
 
 
 # --- Access rules ---
