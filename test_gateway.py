@@ -298,7 +298,7 @@ class RunningGateway:
         """
         eventually(lambda: len(self.lines()) >= count)
         assert len(self.lines()) == count
-        return sorted(self.lines(), key=lambda line: str(line.get("timestamp")))
+        return sorted(self.lines(), key=lambda line: str(line.get("timestamp", "")))
 
     def connect(self, timeout: float = PATIENCE, **context: Any) -> ssl.SSLSocket:
         self.asked += 1

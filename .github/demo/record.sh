@@ -20,11 +20,9 @@ python3 - << 'PYTHON' # asciinema needs a terminal
 import pty
 import sys
 
-status = pty.spawn(["asciinema", "rec", "--quiet", "--cols=112", "--rows=27", "--command=bash scene.sh", "scene.cast"])
+status = pty.spawn(["asciinema", "rec", "--quiet", "--cols=116", "--rows=25", "--command=bash scene.sh", "scene.cast"])
 sys.exit(status != 0)
 PYTHON
-agg --quiet --theme github-dark --font-family 'DejaVu Sans Mono' --font-size 22 --line-height 1.25 --fps-cap 12 \
-  --last-frame-duration 4 scene.cast "$here/demo.gif" 2>/dev/null ||
-  agg --theme github-dark --font-family 'DejaVu Sans Mono' --font-size 22 --line-height 1.25 --fps-cap 12 \
-    --last-frame-duration 4 scene.cast "$here/demo.gif"
+agg --theme github-dark --font-family 'DejaVu Sans Mono' --font-size 22 --line-height 1.25 --fps-cap 12 \
+  --last-frame-duration 2 scene.cast "$here/demo.gif" 2>/dev/null
 stat --format '%n: %s bytes' "$here/demo.gif"
