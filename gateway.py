@@ -2552,7 +2552,16 @@ class Handler(socketserver.BaseRequestHandler):
 # most --max-connections at a time; the others wait.
 
 
-class Server(http.server.ThreadingHTTPServer):
+class _Reporting:
+    gateway: Gateway
+
+    def handle_error(self, _request: Any, _address: Any) -> None:
+        """Report a bug in one line, but no errors that a client causes on its connection."""
+        if not isinstance(error := sys.exc_info()[1], (OSError, type(None))):
+            self.gateway.report(fault(error))
+
+
+class Server(_Reporting, http.server.ThreadingHTTPServer):
     """Accepts, encrypts, counts and drains connections."""
 
     def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], with_relay: bool = True) -> None:
@@ -2597,11 +2606,6 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             self.slots.release()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report a bug in one line, but no errors that a client causes on its connection."""
-        if not isinstance(error := sys.exc_info()[1], (OSError, type(None))):
-            self.gateway.report(fault(error))
-
     def drain(self, grace: float) -> None:
         """Let running requests finish for `grace` seconds; then end them, so that they are logged."""
         for seconds in (grace, 2.0):
@@ -2611,49 +2615,34 @@ class Server(http.server.ThreadingHTTPServer):
             self.gateway.watchman.end_all()
 
 
-class StatusServer(socketserver.TCPServer):
-    """Serves StatusHandler, one connection after the other."""
+class StatusServer(_Reporting, socketserver.TCPServer):
+    """Tells probes and Prometheus how the gateway does, one after the other."""
 
     allow_reuse_address = os.name != "nt"  # there it would let two servers share the port
 
-    def __init__(self, address: tuple[str, int], handler: Callable[..., StatusHandler]) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, handler)
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, (host, port) = gateway, gateway.settings.status
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), socketserver.BaseRequestHandler)
 
+    def finish_request(self, request: Any, _address: Any) -> None:
+        """Answer the request that stands in the first bytes, within a second, since others wait."""
+        request.settimeout(1)
+        line = re.match(rb"GET (/[a-z]*) ", request.recv(READ_SIZE))
+        status, text = self._answer(line[1] if line else b"")
+        head = f"HTTP/1.0 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\r\n"
+        request.sendall(f"{head}{text}\n".encode())
 
-class StatusHandler(http.server.BaseHTTPRequestHandler):
-    """Tells probes and Prometheus how the gateway does.  One is answered at a time, and none may be silent for 1 s."""
-
-    server_version, sys_version, timeout = f"gateway/{__version__}", "", 1
-
-    def __init__(self, gateway: Gateway, *arguments: Any) -> None:
-        self.gateway = gateway
-        super().__init__(*arguments)
-
-    def handle(self) -> None:
-        """Answer one request; a probe that leaves is no fault."""
-        try:
-            super().handle()
-        except (OSError, OperatorError):
-            pass
-        except Exception as error:
-            self.gateway.report(fault(error))
-
-    def do_GET(self) -> None:
-        """Answer /healthz, /readyz and /metrics."""
-        status, text = 404, "there is /healthz, /readyz and /metrics"
-        if self.path == "/healthz":
-            status, text = 200, "ok"
-        elif self.path == "/readyz":
+    def _answer(self, path: bytes) -> tuple[str, str]:
+        """The status and the text for a path."""
+        if path == b"/healthz":
+            return "200 OK", "ok"
+        if path == b"/readyz":
             reason = self._not_ready()
-            status, text = (503, reason) if reason else (200, "ok")
-        elif self.path == "/metrics" and self.gateway.metrics:
-            status, text = 200, "\n".join(self.gateway.metrics.lines(self._now()))
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.send_header("Content-Length", str(len(text) + 1))
-        self.end_headers()
-        self.wfile.write(f"{text}\n".encode())
+            return ("503 Service Unavailable", reason) if reason else ("200 OK", "ok")
+        if path == b"/metrics" and self.gateway.metrics:
+            return "200 OK", "\n".join(self.gateway.metrics.lines(self._now()))
+        return "404 Not Found", "there is /healthz, /readyz and /metrics"
 
     def _not_ready(self) -> str:
         """Why requests should go to another replica, if they should."""
@@ -2668,16 +2657,16 @@ class StatusHandler(http.server.BaseHTTPRequestHandler):
         return ""
 
     def _now(self) -> dict[str, float]:
-        """The metrics that are not counted."""
+        """The samples that are not counted."""
         with self.gateway.watchman.lock:
             clients = list(self.gateway.watchman.clients)
-        expiry = describe_certificate(self.gateway.settings.cert, ())[1].timestamp()
-        return {"gateway_requests_in_flight": sum(client.upstream is not None for client in clients),
-                "gateway_connections": len(clients), "gateway_audit_lines_waiting": len(self.gateway.log.kept),
-                "gateway_certificate_expiry_timestamp_seconds": expiry}  # fmt: skip
-
-    def log_message(self, *_: Any) -> None:
-        """Log nothing: probes come every few seconds."""
+        in_flight, waiting = sum(client.upstream is not None for client in clients), len(self.gateway.log.kept)
+        now: dict[str, float] = {"gateway_requests_in_flight": in_flight, "gateway_connections": len(clients)}
+        now["gateway_audit_lines_waiting"] = waiting
+        with contextlib.suppress(OperatorError):  # the certificate is being exchanged
+            until = describe_certificate(self.gateway.settings.cert, ())[1]
+            now["gateway_certificate_expiry_timestamp_seconds"] = until.timestamp()
+        return now
 
 
 # --- Demo ---
@@ -3001,11 +2990,11 @@ def serve(settings: Settings) -> int:
 
 def start_status(gateway: Gateway) -> str:
     """Serve what --status asks for, and return where."""
-    host, port = gateway.settings.status
-    with explained(f"cannot listen on {host_and_port(host, port)}", "choose another place with --status", Unable):
-        server = StatusServer((host, port), functools.partial(StatusHandler, gateway))
+    place = gateway.settings.status
+    with explained(f"cannot listen on {host_and_port(*place)}", "choose another place with --status", Unable):
+        server = StatusServer(gateway)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return host_and_port(host, server.server_address[1])
+    return host_and_port(place[0], server.socket.getsockname()[1])
 
 
 def keep_house(server: Server) -> int:
