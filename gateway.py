@@ -817,7 +817,8 @@ def may_share(origin: bytes, allowed: Iterable[re.Pattern[str]]) -> bool:
 def client_of(fields: Fields, peer: str, trusted: Iterable[ipaddress.IPv4Network]) -> str:
     """The address of a client: the one that a trusted proxy appended to X-Forwarded-For, or else the peer's."""
     told, near = fields.get(b"x-forwarded-for", b"").rpartition(b",")[2].strip().decode("latin-1"), _address(peer)
-    return told if _address(told) and any(near in net for net in trusted) else peer
+    is_one = "%" not in told and _address(told)  # behind the % of an IPv6 address anything may stand
+    return told if is_one and any(near in net for net in trusted) else peer
 
 
 def preflight_lines(request: Head) -> list[bytes]:
@@ -2774,15 +2775,15 @@ def check_keys(settings: Settings) -> Findings:
         return
     yield ("ok" if keys else "error"), f"{path} holds {len(keys)} keys; keygen makes more"
     yield from _readable_by_others(path)
-    for name, number in Counter(key.name for key in keys.values()).items():
-        if number > 1:
-            yield "warning", f"{number} keys are called {name} and share its limits; delete the old one"
-    for key in keys.values():
-        if key.weak:
-            yield "warning", f"the key {key.name} is short or well known; replace it by one that keygen makes"
-        if (days := (key.expires - today).days) < 14:
-            when = f"expires in {days} days" if days >= 0 else "has expired"
-            yield "warning", f"the key {key.name} {when}; replace it, or delete its line"
+    names, days = Counter(key.name for key in keys.values()), {key: (key.expires - today).days for key in keys.values()}
+    for flaw, remedy, found in (
+        ("are short or well known", "make others with keygen", [key.name for key in days if key.weak]),
+        ("have expired", "delete these lines", [key.name for key in days if days[key] < 0]),
+        ("expire within 14 days", "replace them in time", [key.name for key in days if 0 <= days[key] < 14]),
+        ("share a name and its limits", "delete the old one", [name for name in names if names[name] > 1]),
+    ):
+        if found:
+            yield "warning", f"keys that {flaw}: {', '.join(found[:3])}{', ...' * (len(found) > 3)}; {remedy}"
 
 
 def check_certificate(settings: Settings) -> Findings:
@@ -3085,21 +3086,20 @@ def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int, status: s
         Pool(settings).connect().close(reset=True)
     except UpstreamError as error:
         state = f"NO ANSWER: {error}, or try --demo"
-    (fingerprint, until, _), flaw = describe_certificate(cert, ()), certificate_flaw(cert, settings.name)
+    fingerprint, until, _ = describe_certificate(cert, ())
+    found = [*check_keys(settings), *check_certificate(settings)]
     shown = fresh_key if os.isatty(2) else ""  # other people can read a journal or a container's log later
-    weak = any(key.weak for key in keys.values())
     # Each row is a label, its text, and the conditions under which they are shown.
     rows: list[tuple[Any, ...]] = [("URL", url),
         ("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}"),
         ("Keys", f"{len(keys)} in {settings.keys}"),
         ("New key", f"{shown} - also in {settings.keys}, and not shown again", shown),
         ("New key", f"stands in {os.path.abspath(settings.keys)}", fresh_key, not shown),
-        ("WARNING", "keys are short or well known; for good ones: python3 gateway.py keygen NAME", weak),
         ("Connections", f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)", most < wanted),
         ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
-        ("WARNING", f"{cert} {flaw}; move it and {settings.cert_key} away to have a new pair made", flaw),
         ("Audit log", f"{'standard output' if settings.log == '-' else settings.log}, {head}"),
         ("Status", f"http://{status}/healthz, /readyz and /metrics", status),
+        *[("WARNING", about) for state, about in found if state == "warning"],
         ("Try", f'curl --cacert {cert} -H "X-Api-Key: {shown or "YOUR-KEY"}" {url}/api/{example}')]  # fmt: skip
     lines = "".join(f"\n  {label:<12} {text}" for label, text, *conditions in rows if all(conditions))
     say(f"Gateway listening on {listen}, upstream {host_and_port('' if near else upstream.host, upstream.port)}{lines}")
