@@ -1526,7 +1526,8 @@ def verify_log(paths: Sequence[str], head: str | None) -> Iterator[str]:
         raise Unable(f"{stray} names no line before it: the gateway did not write it")
     if not seen:
         raise Unable(f"{paths[-1]}: no line has SHA-256 {head}, so its end was cut off, or it is another log")
-    yield f"{lines} lines, {older} of them from before lines were linked; the last has SHA-256 {last[1:-1].decode()}"
+    place = f"the last, in {paths[-1]}, has SHA-256 {last[1:-1].decode()}"
+    yield f"{lines} lines, {older} of them from before lines were linked; {place}"
 
 
 def _open_file(log: LogFile) -> io.FileIO:
@@ -2773,7 +2774,7 @@ def check_keys(settings: Settings) -> Findings:
     if not os.path.lexists(path):
         yield "ok", f"{path} is not there; the start makes it, with one key"
         return
-    yield ("ok" if keys else "error"), f"{path} holds {len(keys)} keys; keygen makes more"
+    yield ("ok" if keys else "error"), f"keys in {path}: {len(keys)}; keygen makes more"
     yield from _readable_by_others(path)
     names, days = Counter(key.name for key in keys.values()), {key: (key.expires - today).days for key in keys.values()}
     for flaw, remedy, found in (
@@ -2932,7 +2933,7 @@ def check(argv: Sequence[str]) -> Iterator[str]:
     number = Counter(state for state, _ in found)
     if number["warning"] or number["error"]:
         kind = OperatorError if number["error"] else Unable
-        raise kind(f"{number['error']} errors, {number['warning']} warnings")
+        raise kind(f"errors: {number['error']}, warnings: {number['warning']}")
 
 
 def tell(progress: str) -> None:
@@ -2945,9 +2946,12 @@ def verify(argv: Sequence[str]) -> Iterator[str]:
     """Check an audit log; raises Unable if a line was changed."""
     parser = _Parser(prog="gateway verify-log", allow_abbrev=False)
     parser.add_argument("files", metavar="FILE", nargs="+", help="the log, its rotated parts first, oldest first")
-    parser.add_argument("--head", metavar="HASH", help="a digest that the gateway told; it must be that of a line")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--head", metavar="HASH", help="a digest that the gateway told; it must be that of a line")
+    which.add_argument("--each", action="store_true", help="each file is the log of another gateway")
     given = parser.parse_args(argv)
-    return verify_log(given.files, given.head)
+    logs = [[file] for file in given.files] if given.each else [given.files]
+    return itertools.chain.from_iterable(verify_log(log, given.head) for log in logs)
 
 
 # What can be asked for instead of serving: functions of the other arguments that return lines to print.
@@ -3122,8 +3126,9 @@ OPTIONS: Final = [("--" + name.replace("_", "-"), *hint.__metadata__) for name, 
 def parse_arguments(argv: Sequence[str]) -> Settings:
     """Read all options.  A flag takes precedence over its environment variable, and that one over the default."""
     parser = _Parser(prog="gateway", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False,
-                     epilog="gateway keygen [NAME] [OPTION...] prints a fresh line for the key file; gateway "
-                     "verify-log FILE... checks an audit log, and gateway usage sums it up.")  # fmt: skip
+                     epilog="gateway keygen [NAME] [OPTION...] prints a fresh line for the key file; gateway check "
+                     "looks for what is wrong before the start; gateway verify-log FILE... finds a line of "
+                     "an audit log that was changed, and gateway usage sums it up.")  # fmt: skip
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
     for flag, what, _, default, about in OPTIONS:
         variable = "GATEWAY_" + flag[2:].replace("-", "_").upper()

@@ -4481,7 +4481,7 @@ CHECKS: dict[str, tuple[str, Callable[[Path], Any], list[str], bytes, int]] = {
     "two keys of one name": ("keys that share a name and its limits: a;", lambda at: (at / "keys.txt").write_text(f"{KEY} name=a\n{OTHER_KEY} name=a\n"), [], b"", 1),
     "a key that expires": ("keys that expire within 14 days: a;", lambda at: (at / "keys.txt").write_text(f"{KEY} name=a expires={SOON}\n"), [], b"", 1),
     "a key that has expired": ("keys that have expired: a;", lambda at: (at / "keys.txt").write_text(f"{KEY} name=a expires=2020-01-01\n"), [], b"", 1),
-    "no key": ("holds 0 keys", lambda at: (at / "keys.txt").write_text(""), [], b"", 2),
+    "no key": ("keys in keys.txt: 0;", lambda at: (at / "keys.txt").write_text(""), [], b"", 2),
     "a wrong line": ("keys.txt:1", lambda at: (at / "keys.txt").write_text(f"{KEY} colour=red\n"), [], b"", 2),
     "a key file for all": ("chmod 600 keys.txt", lambda at: (at / "keys.txt").chmod(0o644), [], b"", 1),
     "a private key for all": ("chmod 600 key.pem", lambda at: (at / "key.pem").chmod(0o644), [], b"", 1),
@@ -4660,8 +4660,8 @@ def test_one_replica_that_is_drained_and_one_that_is_killed_break_only_their_str
     eventually(lambda: len([line for line in three.lines() if line["path"] == "/api/generate"]) == ended.count(True))
     assert {line["status"] for line in whole} <= {200}
     logs = [str(gate.folder / "gateway.log") for gate in three.replicas]
-    for log in logs:
-        assert gateway.main(["verify-log", log]) == 0
+    assert gateway.main(["verify-log", *logs]) == 1  # they are no parts of one log
+    assert gateway.main(["verify-log", "--each", *logs]) == 0
     used = subprocess.run([sys.executable, str(HERE / "gateway.py"), "usage", "--json", "--by", "day", *logs], cwd=three.folder,
                           capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert json.loads(used.stdout)["total"]["requests"] == len(three.lines())
