@@ -26,9 +26,9 @@ client that skips the certificate check.
 
 Reading map: the sections from top to bottom, each of which uses only what stands above it.
 Settings - API keys - Certificates - HTTP rules - Access rules (roles, models, the scan of prompts, limits) - Token
-counts - Audit log - Usage report - Sockets (blocking, with deadlines that the watchman enforces) - Relay (running
-streams) - Forwarding (to the upstream and back) - Handler (the way of a request through all of that) - Server
-(connections, their number, the end) - Demo - Command line.
+counts - Audit log - Usage report - Metrics - Sockets (blocking, with deadlines that the watchman enforces) - Relay
+(running streams) - Forwarding (to the upstream and back) - Handler (the way of a request through all of that) - Server
+(connections, their number, the end; the status port) - Demo - Check (what is wrong before the start) - Command line.
 """
 
 from __future__ import annotations
@@ -2633,7 +2633,7 @@ class StatusServer(_Reporting, socketserver.TCPServer):
         line = re.match(rb"GET (/[a-z]*) ", request.recv(READ_SIZE))
         status, text = self._answer(line[1] if line else b"")
         head = f"HTTP/1.0 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\r\n"
-        request.sendall(f"{head}{text}\n".encode())
+        request.sendall(f"{head}{text}\n".encode(errors="replace"))  # JSON's "\\ud800" in a model's name is no text
 
     def _answer(self, path: bytes) -> tuple[str, str]:
         """The status and the text for a path."""

@@ -4289,7 +4289,7 @@ def test_a_gateway_that_stops_is_not_ready(start: Callable[..., RunningGateway],
 def test_metrics_count_what_the_log_says(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
     gate = start("--status", "127.0.0.1:0", keys="key-one name=one\nkey-two name=two role=user\n")
     upstream.script = recorded("chat")
-    secret = b'{"model": "llama\\"3\\n", "messages": [{"content": "a-secret-prompt"}]}'
+    secret = b'{"model": "llama\\"3\\n\\ud800", "messages": [{"content": "a-secret-prompt"}]}'
     assert gate.ask(body=secret, key="key-one").status == 200
     assert gate.ask("/api/pull", b"{}", key="key-two").status == 403
     assert gate.ask(method="BREW", key=WRONG_KEY).status == 403
@@ -4306,8 +4306,8 @@ def test_metrics_count_what_the_log_says(start: Callable[..., RunningGateway], u
         'gateway_refused_total{reason="role"}': 1,
         'gateway_refused_total{reason="key"}': 1,
         'gateway_upstream_errors_total{status="502"}': 1,
-        'gateway_tokens_total{direction="prompt",model="llama_3_"}': first["prompt_tokens"],
-        'gateway_tokens_total{direction="response",model="llama_3_"}': first["response_tokens"],
+        'gateway_tokens_total{direction="prompt",model="llama_3_?"}': first["prompt_tokens"],
+        'gateway_tokens_total{direction="response",model="llama_3_?"}': first["response_tokens"],
     }
     assert found['gateway_request_duration_seconds_bucket{le="+Inf"}'] == 4
     assert found["gateway_audit_lines_waiting"] == 0
