@@ -1516,102 +1516,87 @@ def _was_moved(path: str, file: io.FileIO) -> bool:
 
 
 # --- Usage report ---
-# Who used what, from nothing but the audit log.  Its lines may hold anything, so nothing in them is trusted.
+# Who used what, from nothing but the audit log.  Its lines may hold anything, so nothing in them is trusted.  A report
+# is a list of rows: first the names of the columns, then what was used, and last the total.
 
 DIMENSIONS: Final = ("day", "key", "model", "client")
-_COLUMNS: Final = ("requests", "refused", "failed", "prompt", "response", "total")
-Sums = dict[tuple[str, ...], list[int]]  # by the values of some dimensions: the columns, with `charged` for the last
+COLUMNS: Final = ("requests", "refused", "failed", "prompt", "response", "total", "share")  # behind the dimensions
+Sums = dict[tuple[str, ...], list[int]]  # by the values of dimensions: the first five columns, and what was charged
 
 
-def sum_up(path: str, sums: Sums, since: str, until: str, progress: Callable[[int], None]) -> int:
-    """Add a log's requests of these days, both included, by all dimensions; returns how many lines are none."""
+def sum_up(paths: Iterable[str], since: str, until: str, progress: Callable[[str], object]) -> tuple[Sums, int]:
+    """The requests of these days, both included, by all dimensions, and how many lines of the logs are none."""
     import gzip  # noqa: PLC0415 - is needed here only
 
-    others = 0
-    opened = gzip.open(path) if path.endswith(".gz") else open(path, "rb")  # noqa: SIM115 - the next line closes it
-    with opened as file, contextlib.suppress(EOFError):  # which a file that is still being compressed ends with
-        for number, line in enumerate(iter(lambda: file.readline(READ_SIZE), b""), 1):
-            record = _object(_parsed(line))
-            day, status = str(record.get("timestamp"))[:10], record.get("status")
-            if not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", day) or not isinstance(status, int):
-                others += 1
-            elif since <= day <= until:
-                names = ("-" if (name := record.get(each)) is None else str(name) for each in DIMENSIONS[1:])
-                row = sums.setdefault((day, *names), [0] * 6)
-                refused = record.get("refused", (record.get("key") is None and status == 403) or None) is not None
-                tokens = (_number(record.get(name)) for name in ("prompt_tokens", "response_tokens", "charged"))
-                add = (1, refused, status >= 500 and not refused, *tokens)
-                row[:] = map(int.__add__, row, add)
-            if number % 50_000 == 0:
-                progress(number)
-    return others
+    sums, others = Sums(), 0
+    for path in paths:
+        opened: Callable[[str], Any] = gzip.open if path.endswith(".gz") else functools.partial(open, mode="rb")
+        # A file that is still being compressed ends with an EOFError.
+        with explained(f"cannot read {path}", "see if it is there"), contextlib.suppress(EOFError), opened(path) as log:
+            for number, line in enumerate(iter(functools.partial(log.readline, READ_SIZE), b""), 1):
+                record = _object(_parsed(line))
+                counts = {name: value for name, value in record.items() if isinstance(value, int)}
+                day, status = str(record.get("timestamp"))[:10], counts.get("status")
+                if not status or not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", day):
+                    others += 1
+                elif since <= day <= until:
+                    # repr() escapes what could control a terminal.
+                    group = (day, *(repr(str(record.get(name) or "-"))[1:-1] for name in DIMENSIONS[1:]))
+                    refused = record.get("refused") is not None or (record.get("key") is None and status == 403)
+                    tokens = (counts.get(name, 0) for name in ("prompt_tokens", "response_tokens", "charged"))
+                    numbers = (1, refused, status >= 500 and not refused, *tokens)
+                    sums[group] = [*map(int.__add__, sums.get(group, [0] * 6), numbers)]
+                if number % 100_000 == 0:
+                    progress(f"{path}: {number:,} lines")
+    return sums, others
 
 
-def _number(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+def usage_report(sums: Sums, by: Sequence[str], limits: dict[str, int]) -> list[list[Any]]:
+    """The report by some of the dimensions; `limits` are the tokens a day of the keys that have a limit."""
+    grouped = Sums()
+    for names, numbers in sums.items():
+        group = tuple(names[DIMENSIONS.index(name)] for name in by)
+        grouped[group] = [*map(int.__add__, grouped.get(group, [0] * 6), numbers)]
+    total = ("total", *[""] * (len(by) - 1)), [*map(sum, zip([0] * 6, *sums.values()))]
+    report: list[list[Any]] = [[*by, *COLUMNS]]
+    for group, (*counted, charged) in [*sorted(grouped.items()), total]:
+        limit = limits.get(group[-1]) if by == ["day", "key"] else None
+        report.append([*group, *counted, sum(counted[-2:]), round(charged / limit, 3) if limit else None])
+    return report
 
 
-def usage_rows(sums: Sums, by: Sequence[str], limits: dict[str, int]) -> list[dict[str, Any]]:
-    """The rows of the report; `limits` are the tokens a day of the keys that have a limit."""
-    grouped: Sums = {}
-    for group, numbers in sums.items():
-        sum_of_group = grouped.setdefault(tuple(group[DIMENSIONS.index(name)] for name in by), [0] * 6)
-        sum_of_group[:] = map(int.__add__, sum_of_group, numbers)
-    rows = []
-    for group, (*counted, charged) in sorted(grouped.items()):
-        names = dict(zip(by, group))
-        limit = limits.get(names["key"]) if sorted(by) == ["day", "key"] else None
-        share = round(charged / limit, 3) if limit else None
-        rows.append({**names, **dict(zip(_COLUMNS, (*counted, sum(counted[-2:])))), "share": share})
-    return rows
+def usage_table(report: Sequence[Sequence[Any]], bar: int = 0) -> Iterator[str]:
+    """The report as lines of text, with a bar for the tokens of each row; `bar` is the length of the longest one."""
+    cells = [[*map(str, row), f"{share:.0%}" if isinstance(share, float) else share or ""] for *row, share in report]
+    columns = [(max(map(len, column)), str.rjust if column[0] in COLUMNS else str.ljust) for column in zip(*cells)]
+    most = max([1, *(row[-2] for row in report[1:-1])])
+    bars = ["", *("#" * round(bar * row[-2] / most) for row in report[1:-1]), ""]
+    for line, end in zip(cells, bars):
+        text = "  ".join(align(cell, width) for cell, (width, align) in zip(line, columns))
+        yield f"{text}  {end}".rstrip()
 
 
-def usage_total(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """The sum of each column."""
-    return {column: sum(row[column] for row in rows) for column in _COLUMNS}
-
-
-def usage_table(rows: Sequence[dict[str, Any]], by: Sequence[str], bars: bool) -> Iterator[str]:
-    """The report as lines of text, with a bar for the tokens of each row if wanted."""
-    columns, most = (*by, *_COLUMNS, "share"), max((row["total"] for row in rows), default=0)
-    lines = [dict.fromkeys(columns, None) | row for row in (*rows, {**usage_total(rows), by[0]: "total"})]
-    cells = [[_printable(line[column]) for column in columns] for line in lines]
-    widths = [max(map(len, column)) for column in zip(columns, *cells)]
-    for row, line in zip([None, *rows, None], [columns, *cells]):
-        aligned = enumerate(zip(line, widths))
-        text = [cell.ljust(width) if at < len(by) else cell.rjust(width) for at, (cell, width) in aligned]
-        yield "  ".join(text).rstrip() + ("  " + "#" * round(20 * row["total"] / most) if bars and row and most else "")
-
-
-def _printable(value: Any) -> str:
-    """A cell's text; what could control a terminal is shown as a question mark."""
-    text = "" if value is None else f"{value:.0%}" if isinstance(value, float) else str(value)
-    return "".join(each if each.isprintable() else "?" for each in text)
-
-
-def usage_page(rows: Sequence[dict[str, Any]], by: Sequence[str], sums: Sums) -> str:
+def usage_page(report: Sequence[Sequence[Any]], sums: Sums) -> str:
     """The report as one HTML page, with the tokens by day, key and model as bars."""
-    head, *body = usage_table(rows, by, bars=False)
-    charts = (_chart(name, usage_rows(sums, [name], {})) for name in DIMENSIONS[:3])
+    charts = "".join(_chart(name, usage_report(sums, [name], {})[1:-1]) for name in DIMENSIONS[:3])
+    table = html.escape("\n".join(usage_table(report)))
     return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Usage of the gateway</title>
-<meta name="viewport" content="width=device-width"><style>:root {{ color-scheme: light dark }}
+<meta name="viewport" content="width=device-width"><style>:root {{ color-scheme: light dark }} rect {{ fill: #4a86c8 }}
 body {{ font: 15px system-ui, sans-serif; margin: 2em auto; padding: 0 1em; max-width: 1300px }}
-section {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 2em }}
-svg {{ width: 100% }} text {{ fill: currentColor; font-size: 13px }} rect {{ fill: #4a86c8 }}
-pre {{ overflow-x: auto }}</style><h1>Usage of the gateway</h1><section>{"".join(charts)}</section>
-<pre>{html.escape(chr(10).join((head, *body)))}</pre></html>"""
+svg {{ width: min(100%, 400px); vertical-align: top; margin: 0 1em 2em 0; font-size: 13px; fill: currentColor }}
+pre {{ overflow-x: auto }}</style><h1>Usage of the gateway</h1>{charts}<pre>{table}</pre></html>"""
 
 
-def _chart(name: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Bars of tokens as an inline SVG: all days, or the 20 keys or models with the most."""
-    shown = rows[-62:] if name == "day" else sorted(rows, key=lambda row: -row["total"])[:20]
-    most, bars = max((row["total"] for row in shown), default=0) or 1, ""
-    for at, row in enumerate(shown):
-        label, width = html.escape(_printable(row[name])[:24]), max(1, 190 * row["total"] / most)
-        bars += f'<text x="0" y="{at * 22 + 14}">{label}</text>'
-        bars += f'<rect x="190" y="{at * 22 + 2}" width="{width:.0f}" height="15"/>'
-        bars += f'<text x="{width + 195:.0f}" y="{at * 22 + 14}">{row["total"]:,}</text>'
-    return f'<div><h2>Tokens by {name}</h2><svg viewBox="0 0 480 {len(shown) * 22 + 4}" role="img">{bars}</svg></div>'
+def _chart(name: str, rows: list[list[Any]]) -> str:
+    """Bars of tokens as an inline SVG: the last 62 days, or the 20 keys or models with the most."""
+    shown = rows[-62:] if name == "day" else sorted(rows, key=lambda row: -row[-2])[:20]
+    most, bars = max([1, *(row[-2] for row in shown)]), ""
+    for at, row in enumerate(shown, 1):
+        label, width = html.escape(row[0][:24]), round(190 * row[-2] / most)
+        bars += f'<g transform="translate(0 {22 * at})"><text y="24">{label}</text><rect x="190" y="12" width="{width}"'
+        bars += f' height="15"/><text x="{width + 195}" y="24">{row[-2]:,}</text></g>'
+    title = f'<text y="16" font-size="18">Tokens by {name}</text>'
+    return f'<svg viewBox="0 0 480 {22 * len(shown) + 32}" role="img" aria-label="Tokens by {name}">{title}{bars}</svg>'
 
 
 # --- Sockets ---
@@ -2587,11 +2572,14 @@ def start_demo() -> Upstream:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.  Returns 0 after a clean stop, 1 if the gateway cannot run, 2 if it was told wrong."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    commands = {"keygen": lambda words: [key_line(*words)], "verify-log": verify, "usage": report_usage}
     try:
-        commands = {"keygen": keygen, "verify-log": verify, "usage": report_usage}
-        command = commands.get(arguments[0]) if arguments else None
-        return command(arguments[1:]) if command else serve(parse_arguments(arguments))
+        if not arguments or arguments[0] not in commands:
+            return serve(parse_arguments(arguments))
+        for text in commands[arguments[0]](arguments[1:]):
+            print(text)
+        return 0
     except KeyboardInterrupt:  # Ctrl+C before stop_on_signals() was called
         return 130
     except Exception as error:  # caught whatever it is, because a traceback might show an API key
@@ -2599,80 +2587,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if type(error) is OperatorError else 1
 
 
-def keygen(argv: Sequence[str]) -> int:
-    """Print a fresh line for the key file."""
-    print(key_line(*argv))
-    return 0
+def verify(argv: Sequence[str]) -> Iterator[str]:
+    """Check an audit log: what is to be told, or an error if a line was changed."""
+    parser = _Parser(prog="gateway verify-log")
+    parser.add_argument("paths", metavar="FILE", nargs="+", help="the log, its rotated parts first, oldest first")
+    parser.add_argument("--head", metavar="HASH", help="a digest that the gateway told; it must be that of a line")
+    return verify_log(**vars(parser.parse_args(argv)))
 
 
-def report_usage(argv: Sequence[str]) -> int:
-    """Print who used what, from audit logs."""
-    parser = _Parser(prog="gateway usage", allow_abbrev=False)
-    parser.add_argument("files", metavar="FILE", nargs="*", help="audit logs, also rotated and .gz ones [gateway.log]")
+def report_usage(argv: Sequence[str]) -> Iterator[str]:
+    """Report who used what, from audit logs, in the form that is asked for."""
+    import csv  # noqa: PLC0415 - is needed here only
+
+    settings, parser = parse_arguments([]), _Parser(prog="gateway usage")
+    parser.add_argument("files", metavar="FILE", nargs="*", default=[settings.log], help="audit logs, also .gz ones")
     parser.add_argument("--by", type=dimensions, default="day,key", help=f"group by {', '.join(DIMENSIONS)} [day,key]")
-    parser.add_argument("--since", type=a_day, default="0001-01-01", help="the first day, like 2026-11-01 (UTC)")
-    parser.add_argument("--until", type=a_day, default="9999-12-31", help="the last day, which is included")
-    parser.add_argument("--keys", metavar="FILE", default="keys.txt", help="the key file, for the share of limits")
-    forms = parser.add_mutually_exclusive_group()
+    parser.add_argument("--since", type=date.fromisoformat, default=date.min, help="the first day, as YYYY-MM-DD (UTC)")
+    parser.add_argument("--until", type=date.fromisoformat, default=date.max, help="the last day, which is included")
     for form in ("json", "csv", "html"):
-        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
+        parser.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
     given = parser.parse_args(argv)
-    limits = {key.name: key.tokens for key in load_keys(given.keys).values() if key.tokens}
-    sums: Sums = {}
-    others = 0
-    for path in given.files or [os.environ.get("GATEWAY_LOG") or "gateway.log"]:
-        with explained(f"cannot read {path}", "see that it is there, and an audit log"):
-            others += sum_up(path, sums, given.since, given.until, lambda lines: tell(f"{path}: {lines:,} lines"))  # noqa: B023
-    tell("")
-    show_usage(usage_rows(sums, given.by, limits), given.by, sums, given.form)
+    limits = {key.name: key.tokens for key in load_keys(settings.keys).values() if key.tokens}
+    sums, others = sum_up(given.files, str(given.since), str(given.until), say if os.isatty(2) else len)
     if others:
         say(f"{others} lines were left out, since they are no audit lines")
-    return 0
+    head, *rows, total = report = usage_report(sums, given.by, limits)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
+    if given.form == "json":
+        yield json.dumps({"rows": [dict(zip(head, row)) for row in rows], "total": dict(zip(COLUMNS, total[-7:-1]))})
+    elif given.form == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows([head, *rows])
+    elif given.form == "html":
+        yield usage_page(report, sums)
+    else:
+        yield from usage_table(report, bar=20 * os.isatty(1))
 
 
 def dimensions(text: str) -> list[str]:
     """The dimensions that a list names.  Raises ValueError."""
     return sorted({*text.split(",")}, key=DIMENSIONS.index)
-
-
-def a_day(text: str) -> str:
-    """A day as it stands in the log.  Raises ValueError."""
-    return date(*map(int, re.findall("[0-9]+", text))).isoformat()
-
-
-def tell(progress: str) -> None:
-    """Show progress on a terminal, in place of what was there."""
-    if os.isatty(2):
-        print(f"\r\x1b[K{progress}", end="", file=sys.stderr, flush=True)
-
-
-def show_usage(rows: Sequence[dict[str, Any]], by: Sequence[str], sums: Sums, form: str | None) -> None:
-    """Print the report in one of its forms."""
-    import csv  # noqa: PLC0415 - is needed here only
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
-    if form == "json":
-        print(json.dumps({"rows": rows, "total": usage_total(rows)}))
-    elif form == "csv":
-        writer = csv.DictWriter(sys.stdout, [*by, *_COLUMNS, "share"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    elif form == "html":
-        print(usage_page(rows, by, sums))
-    else:
-        print(*usage_table(rows, by, bars=os.isatty(1)), sep="\n")
-
-
-def verify(argv: Sequence[str]) -> int:
-    """Check an audit log: 0 if no line was changed, else 1."""
-    parser = _Parser(prog="gateway verify-log", allow_abbrev=False)
-    parser.add_argument("files", metavar="FILE", nargs="+", help="the log, its rotated parts first, oldest first")
-    parser.add_argument("--head", metavar="HASH", help="a digest that the gateway told; it must be that of a line")
-    given = parser.parse_args(argv)
-    for line in verify_log(given.files, given.head):
-        print(line)
-    return 0
 
 
 def serve(settings: Settings) -> int:
