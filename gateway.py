@@ -169,7 +169,7 @@ ORIGIN: Final = rf"(?!(?i:https?)://\*(?::|\Z))([A-Za-z][A-Za-z0-9+.-]*)://(\*|{
 # The kinds of values: the type, the placeholder in the help text, and the function that reads the text of one value.
 Switch = Annotated[bool, "", functools.partial(read, "(?i:(1|t|true|y|yes|on)|0|f|false|n|no|off)", bool)]
 Place = Annotated[tuple[str, int], "HOST:PORT", functools.partial(
-    read, rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})", lambda host, port: (host.strip("[]"), int(port)))]  # fmt: skip
+    read, rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})", lambda host, port: (host, int(port)))]  # fmt: skip
 Url = Annotated[Upstream, "URL", functools.partial(read, URL, upstream_url)]
 File = Annotated[str, "FILE", str]
 Mode = Annotated[str, "MODE", functools.partial(read, "(off|flag|block)", str)]
@@ -2434,11 +2434,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.slots = threading.Semaphore(gateway.settings.max_connections)
         self.relay = Relay() if with_relay and TURN and hasattr(select, "epoll") else None
         host, port = gateway.settings.listen
-        both = host in ("", "::") and socket.has_dualstack_ipv6()
+        both = host in ("", "[::]") and socket.has_dualstack_ipv6()
         super().__init__((host, port), functools.partial(Handler, gateway, self.relay), bind_and_activate=False)
         self.socket.close()  # it is for IPv4 only, and binding it would ask the name service for our name
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-        self.socket = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
+        self.socket = socket.create_server((host.strip("[]"), port), family=family, backlog=1024, dualstack_ipv6=both)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; pause where descriptors are short, since the accept loop would spin."""
@@ -2644,13 +2644,12 @@ def serve(settings: Settings) -> int:
     if any(key.tokens for key in keys.value.values()):
         today = datetime.now(timezone.utc).date()
         gateway.limits.charged[today] = charged_on(settings.log, today)
-    with explained(f"cannot listen on {host_and_port(*settings.listen)}", "choose another place with --listen", Unable):
+    with explained(f"cannot listen on {settings.listen[0]}:{settings.listen[1]}", "choose another --listen", Unable):
         server = Server(gateway, context)
     stop_on_signals(server)
     # All connections depend on these threads.  If one fails, the gateway ends, so that systemd or Docker start it anew.
     threading.excepthook = lambda failed: abandon(server, failed.exc_value)
-    relays = [server.relay.run] if server.relay else []
-    for run in (lambda: server.serve_forever(TICK), gateway.watchman.run, *relays):
+    for run in (server.serve_forever, gateway.watchman.run, *([server.relay.run] if server.relay else [])):
         threading.Thread(target=run, daemon=True).start()
     announce(gateway, server.socket.getsockname()[1], line.split()[0] if fresh else "", wanted)
     return keep_house(server)
@@ -2658,14 +2657,13 @@ def serve(settings: Settings) -> int:
 
 def keep_house(server: Server) -> int:
     """While other threads serve, follow the files and close idle connections.  Returns the exit status at the end."""
-    gateway, day = server.gateway, datetime.now(timezone.utc).date()
+    gateway, context, day = server.gateway, server.context, datetime.now(timezone.utc).date()
     try:
         while not gateway.watchman.stopping:
-            for news in filter(None, (gateway.keys.refresh(), server.context.refresh(), *log_news(gateway.log))):
-                say(news)
             before, day = day, datetime.now(timezone.utc).date()
-            if day != before:
-                say(f"the audit log has {log_head(gateway.log)}")
+            midnight = f"the audit log has {log_head(gateway.log)}" if day != before else None
+            for news in filter(None, (gateway.keys.refresh(), context.refresh(), *log_news(gateway.log), midnight)):
+                say(news)
             gateway.pool.prune()
             time.sleep(TICK)
     except Exception as error:
@@ -2699,9 +2697,8 @@ def stop_on_signals(server: Server) -> None:
             abandon(server)
         server.gateway.watchman.stopping = True
 
-    handlers: dict[str, Any] = {"SIGINT": stop, "SIGTERM": stop, "SIGHUP": signal.SIG_IGN, "SIGUSR1": signal.SIG_IGN}
-    for name in handlers.keys() & dir(signal):  # Windows has neither SIGHUP nor SIGUSR1
-        signal.signal(getattr(signal, name), handlers[name])
+    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"} & {*dir(signal)}:  # Windows lacks the last two
+        signal.signal(getattr(signal, name), stop if name in ("SIGINT", "SIGTERM") else signal.SIG_IGN)
 
 
 def possible_connections() -> int:
@@ -2719,11 +2716,9 @@ def possible_connections() -> int:
 
 def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int) -> None:
     """Tell the operator how to use the gateway, and what is wrong with its settings."""
-    settings, keys, head = gateway.settings, gateway.keys.value, log_head(gateway.log)
-    host, upstream, cert, most = settings.listen[0], settings.upstream, settings.cert, settings.max_connections
-    everywhere, near = host in ("", "0.0.0.0", "::"), upstream.host in ("127.0.0.1", "::1", "localhost")  # noqa: S104
-    listen = host_and_port("" if everywhere else host, port)
-    url = f"https://{'localhost' if everywhere else ''}{listen}"
+    settings, keys, upstream = gateway.settings, gateway.keys.value, gateway.settings.upstream
+    host, cert, most = settings.listen[0], settings.cert, settings.max_connections
+    url = f"https://{'localhost' if host in ('', '0.0.0.0', '[::]') else host}:{port}"  # noqa: S104 - is compared only
     example = """chat -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'""" if settings.demo else "tags"
     state = "the built-in demo, not a model" if settings.demo else "it answers"
     try:
@@ -2734,34 +2729,29 @@ def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int) -> None:
     flaw = "has expired" if until < datetime.now(timezone.utc) else missing and f"does not cover {', '.join(missing)}"
     shown = fresh_key if os.isatty(2) else ""  # other people can read a journal or a container's log later
     weak = any(key.weak for key in keys.values())
-    # Each row is a label, its text, and the conditions under which they are shown.
-    rows: list[tuple[Any, ...]] = [("URL", url),
+    # Each row is a label, and its text if the row is to be shown.
+    rows: list[tuple[str, Any]] = [("URL", url),
         ("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}"),
         ("Keys", f"{len(keys)} in {settings.keys}"),
-        ("New key", f"{shown} - also in {settings.keys}, and not shown again", shown),
-        ("New key", f"stands in {os.path.abspath(settings.keys)}", fresh_key, not shown),
-        ("WARNING", "keys are short or well known; for good ones: python3 gateway.py keygen NAME", weak),
-        ("Connections", f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)", most < wanted),
+        ("New key", shown and f"{shown} - also in {settings.keys}, and not shown again"),
+        ("New key", fresh_key and not shown and f"stands in {os.path.abspath(settings.keys)}"),
+        ("WARNING", weak and "keys are short or well known; for good ones: python3 gateway.py keygen NAME"),
+        ("Connections", most < wanted and f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)"),
         ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
-        ("WARNING", f"{cert} {flaw}; move it and {settings.cert_key} away to have a new pair made", flaw),
-        ("Audit log", f"{'standard output' if settings.log == '-' else settings.log}, {head}"),
+        ("WARNING", flaw and f"{cert} {flaw}; move it and {settings.cert_key} away to have a new pair made"),
+        ("Audit log", f"{'standard output' if settings.log == '-' else settings.log}, {log_head(gateway.log)}"),
         ("Try", f'curl --cacert {cert} -H "X-Api-Key: {shown or "YOUR-KEY"}" {url}/api/{example}')]  # fmt: skip
-    lines = "".join(f"\n  {label:<12} {text}" for label, text, *conditions in rows if all(conditions))
-    say(f"Gateway listening on {listen}, upstream {host_and_port('' if near else upstream.host, upstream.port)}{lines}")
+    near = re.sub(r"\A(127\.0\.0\.1|\[::1\]|localhost)(?=:)", "", upstream.authority)
+    lines = "".join(f"\n  {label:<12} {text}" for label, text in rows if text)
+    say(f"Gateway listening on {host}:{port}, upstream {near}{lines}")
 
 
 def say(text: str) -> None:
     """Print lines on stderr, the first one with the time.  If nobody reads them, give up after a second."""
+    lines = f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}".splitlines()
     with contextlib.suppress(OSError, ValueError):
-        for line in f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}".splitlines():
-            if not takes_a_line(2, patience=1):
-                return
-            print(line, file=sys.stderr, flush=True)
-
-
-def host_and_port(host: str, port: int) -> str:
-    """Write an address as URLs do."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        while lines and takes_a_line(2, patience=1):
+            print(lines.pop(0), file=sys.stderr, flush=True)
 
 
 # For each option: its flag, the placeholder of its value, the function that reads a value, the default, the purpose.
@@ -2772,14 +2762,13 @@ OPTIONS: Final = [("--" + name.replace("_", "-"), *hint.__metadata__) for name, 
 def parse_arguments(argv: Sequence[str]) -> Settings:
     """Read all options.  A flag takes precedence over its environment variable, and that one over the default."""
     parser = _Parser(prog="gateway", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False,
-                     epilog="gateway keygen [NAME] [OPTION...] prints a fresh line for the key file; gateway "
-                     "verify-log FILE... checks an audit log, and gateway usage sums it up.")  # fmt: skip
+                     epilog="Also: keygen [NAME] [OPTION...], verify-log FILE..., usage [FILE...]")  # fmt: skip
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
     for flag, what, _, default, about in OPTIONS:
         variable = "GATEWAY_" + flag[2:].replace("-", "_").upper()
-        note = f"default {default}" if default else "may be given several times"
         how: Any = {"action": "append", "metavar": what} if what else {"action": "append_const", "const": "yes"}
-        parser.add_argument(flag, dest=variable, help=f"{about} [{variable}; {note}]", **how)
+        note = f"{about} [{variable}; {f'default {default}' if default else 'repeatable'}]"
+        parser.add_argument(flag, dest=variable, help=note, **how)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:  # only the name of the first one is shown, since what follows may be an API key
         raise OperatorError(f"there is no argument {unknown[0].partition('=')[0]}; see --help")
