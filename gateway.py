@@ -1526,13 +1526,12 @@ Sums = dict[tuple[str, ...], list[int]]  # by the values of dimensions: the firs
 
 def sum_up(paths: Iterable[str], since: str, until: str, progress: Callable[[str], object]) -> tuple[Sums, int]:
     """The requests of these days, both included, by all dimensions, and how many lines of the logs are none."""
-    import gzip  # noqa: PLC0415 - is needed here only
+    from fileinput import hook_compressed as opened  # noqa: PLC0415 - is needed here only
 
     sums, others = Sums(), 0
     for path in paths:
-        opened: Callable[[str], Any] = gzip.open if path.endswith(".gz") else functools.partial(open, mode="rb")
         # A file that is still being compressed ends with an EOFError.
-        with explained(f"cannot read {path}", "see if it is there"), contextlib.suppress(EOFError), opened(path) as log:
+        with explained(f"cannot read {path}", "name another"), contextlib.suppress(EOFError), opened(path, "rb") as log:
             for number, line in enumerate(iter(functools.partial(log.readline, READ_SIZE), b""), 1):
                 record = _object(_parsed(line))
                 counts = {name: value for name, value in record.items() if isinstance(value, int)}
@@ -1551,18 +1550,17 @@ def sum_up(paths: Iterable[str], since: str, until: str, progress: Callable[[str
     return sums, others
 
 
-def usage_report(sums: Sums, by: Sequence[str], limits: dict[str, int]) -> list[list[Any]]:
+def usage_report(sums: Sums, by: Sequence[str], limits: dict[str, int]) -> Iterator[list[Any]]:
     """The report by some of the dimensions; `limits` are the tokens a day of the keys that have a limit."""
     grouped = Sums()
     for names, numbers in sums.items():
         group = tuple(names[DIMENSIONS.index(name)] for name in by)
         grouped[group] = [*map(int.__add__, grouped.get(group, [0] * 6), numbers)]
     total = ("total", *[""] * (len(by) - 1)), [*map(sum, zip([0] * 6, *sums.values()))]
-    report: list[list[Any]] = [[*by, *COLUMNS]]
+    yield [*by, *COLUMNS]
     for group, (*counted, charged) in [*sorted(grouped.items()), total]:
         limit = limits.get(group[-1]) if by == ["day", "key"] else None
-        report.append([*group, *counted, sum(counted[-2:]), round(charged / limit, 3) if limit else None])
-    return report
+        yield [*group, *counted, sum(counted[-2:]), round(charged / limit, 3) if limit else None]
 
 
 def usage_table(report: Sequence[Sequence[Any]], bar: int = 0) -> Iterator[str]:
@@ -1572,31 +1570,28 @@ def usage_table(report: Sequence[Sequence[Any]], bar: int = 0) -> Iterator[str]:
     most = max([1, *(row[-2] for row in report[1:-1])])
     bars = ["", *("#" * round(bar * row[-2] / most) for row in report[1:-1]), ""]
     for line, end in zip(cells, bars):
-        text = "  ".join(align(cell, width) for cell, (width, align) in zip(line, columns))
-        yield f"{text}  {end}".rstrip()
+        yield "  ".join([*(align(cell, width) for cell, (width, align) in zip(line, columns)), end]).rstrip()
 
 
 def usage_page(report: Sequence[Sequence[Any]], sums: Sums) -> str:
     """The report as one HTML page, with the tokens by day, key and model as bars."""
-    charts = "".join(_chart(name, usage_report(sums, [name], {})[1:-1]) for name in DIMENSIONS[:3])
+    charts = "".join(_chart(name, [*usage_report(sums, [name], {})][1:-1]) for name in DIMENSIONS[:3])
     table = html.escape("\n".join(usage_table(report)))
-    return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Usage of the gateway</title>
-<meta name="viewport" content="width=device-width"><style>:root {{ color-scheme: light dark }} rect {{ fill: #4a86c8 }}
-body {{ font: 15px system-ui, sans-serif; margin: 2em auto; padding: 0 1em; max-width: 1300px }}
-svg {{ width: min(100%, 400px); vertical-align: top; margin: 0 1em 2em 0; font-size: 13px; fill: currentColor }}
-pre {{ overflow-x: auto }}</style><h1>Usage of the gateway</h1>{charts}<pre>{table}</pre></html>"""
+    return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Usage of the gateway</title><style>:root {{ color-scheme: light dark }} svg > text {{ font-size: 18px }}
+body {{ font: 15px system-ui, sans-serif; margin: 2em }} pre {{ overflow-x: auto }} rect {{ fill: #4a86c8 }}
+svg {{ width: min(100%, 400px); vertical-align: top; margin: 0 1em 2em 0; font-size: 13px; fill: currentColor }}</style>
+<h1>Usage of the gateway</h1>{charts}<pre>{table}</pre></html>"""
 
 
 def _chart(name: str, rows: list[list[Any]]) -> str:
     """Bars of tokens as an inline SVG: the last 62 days, or the 20 keys or models with the most."""
     shown = rows[-62:] if name == "day" else sorted(rows, key=lambda row: -row[-2])[:20]
     most, bars = max([1, *(row[-2] for row in shown)]), ""
-    for at, row in enumerate(shown, 1):
-        label, width = html.escape(row[0][:24]), round(190 * row[-2] / most)
-        bars += f'<g transform="translate(0 {22 * at})"><text y="24">{label}</text><rect x="190" y="12" width="{width}"'
-        bars += f' height="15"/><text x="{width + 195}" y="24">{row[-2]:,}</text></g>'
-    title = f'<text y="16" font-size="18">Tokens by {name}</text>'
-    return f'<svg viewBox="0 0 480 {22 * len(shown) + 32}" role="img" aria-label="Tokens by {name}">{title}{bars}</svg>'
+    for at, (label, *_, tokens, _) in enumerate(shown, 1):
+        bars += f'<g transform="translate(0 {22 * at + 24})"><text>{html.escape(label[:24])}</text><text x="400">'
+        bars += f'{tokens:,}</text><rect x="190" y="-12" width="{200 * tokens / most:.0f}" height="15"/></g>'
+    return f'<svg viewBox="0 0 500 {22 * len(shown) + 32}" role="img"><text y="16">Tokens by {name}</text>{bars}</svg>'
 
 
 # --- Sockets ---
@@ -2580,7 +2575,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for text in commands[arguments[0]](arguments[1:]):
             print(text)
         return 0
-    except KeyboardInterrupt:  # Ctrl+C before stop_on_signals() was called
+    except KeyboardInterrupt:  # Ctrl+C before serve() handles signals
         return 130
     except Exception as error:  # caught whatever it is, because a traceback might show an API key
         say(f"gateway: {error}" if isinstance(error, OperatorError) else fault(error))
@@ -2596,7 +2591,7 @@ def verify(argv: Sequence[str]) -> Iterator[str]:
 
 
 def report_usage(argv: Sequence[str]) -> Iterator[str]:
-    """Report who used what, from audit logs, in the form that is asked for."""
+    """Report who used what.  The variables GATEWAY_LOG and GATEWAY_KEYS say where the gateway's files are."""
     import csv  # noqa: PLC0415 - is needed here only
 
     settings, parser = parse_arguments([]), _Parser(prog="gateway usage")
@@ -2611,9 +2606,9 @@ def report_usage(argv: Sequence[str]) -> Iterator[str]:
     sums, others = sum_up(given.files, str(given.since), str(given.until), say if os.isatty(2) else len)
     if others:
         say(f"{others} lines were left out, since they are no audit lines")
-    head, *rows, total = report = usage_report(sums, given.by, limits)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
+    head, *rows, total = report = [*usage_report(sums, given.by, limits)]
+    # A name may hold what the terminal cannot show.  Standard output is a TextIOWrapper, which mypy does not know.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if given.form == "json":
         yield json.dumps({"rows": [dict(zip(head, row)) for row in rows], "total": dict(zip(COLUMNS, total[-7:-1]))})
     elif given.form == "csv":
@@ -2646,7 +2641,16 @@ def serve(settings: Settings) -> int:
         gateway.limits.charged[today] = charged_on(settings.log, today)
     with explained(f"cannot listen on {settings.listen[0]}:{settings.listen[1]}", "choose another --listen", Unable):
         server = Server(gateway, context)
-    stop_on_signals(server)
+
+    def stop(*_: Any) -> None:  # the first SIGINT or SIGTERM drains the server, and the second one ends it at once
+        if gateway.watchman.stopping:
+            abandon(server)
+        gateway.watchman.stopping = True
+
+    # SIGHUP and SIGUSR1 make other servers reload their settings or reopen their log.  The gateway watches its files,
+    # so it ignores these signals instead of being killed by them.  Windows has neither.
+    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"} & {*dir(signal)}:
+        signal.signal(getattr(signal, name), stop if name in ("SIGINT", "SIGTERM") else signal.SIG_IGN)
     # All connections depend on these threads.  If one fails, the gateway ends, so that systemd or Docker start it anew.
     threading.excepthook = lambda failed: abandon(server, failed.exc_value)
     for run in (server.serve_forever, gateway.watchman.run, *([server.relay.run] if server.relay else [])):
@@ -2685,22 +2689,6 @@ def abandon(server: Server, error: BaseException | None = None) -> None:
     os._exit(1)
 
 
-def stop_on_signals(server: Server) -> None:
-    """Let the first SIGINT or SIGTERM drain the server, and the second one end it at once.
-
-    SIGHUP and SIGUSR1 make other servers reload their settings or reopen their log.  The gateway watches its files, so
-    it ignores these signals instead of being killed by them.
-    """
-
-    def stop(*_: Any) -> None:
-        if server.gateway.watchman.stopping:
-            abandon(server)
-        server.gateway.watchman.stopping = True
-
-    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"} & {*dir(signal)}:  # Windows lacks the last two
-        signal.signal(getattr(signal, name), stop if name in ("SIGINT", "SIGTERM") else signal.SIG_IGN)
-
-
 def possible_connections() -> int:
     """Raise the limit of descriptors as far as the system allows, and return how many clients it suffices for."""
     if sys.platform == "win32":
@@ -2728,14 +2716,13 @@ def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int) -> None:
     fingerprint, until, missing = describe_certificate(cert, settings.name)
     flaw = "has expired" if until < datetime.now(timezone.utc) else missing and f"does not cover {', '.join(missing)}"
     shown = fresh_key if os.isatty(2) else ""  # other people can read a journal or a container's log later
-    weak = any(key.weak for key in keys.values())
     # Each row is a label, and its text if the row is to be shown.
     rows: list[tuple[str, Any]] = [("URL", url),
         ("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}"),
         ("Keys", f"{len(keys)} in {settings.keys}"),
         ("New key", shown and f"{shown} - also in {settings.keys}, and not shown again"),
         ("New key", fresh_key and not shown and f"stands in {os.path.abspath(settings.keys)}"),
-        ("WARNING", weak and "keys are short or well known; for good ones: python3 gateway.py keygen NAME"),
+        ("WARNING", any(key.weak for key in keys.values()) and "keys are short or well known; keygen makes good ones"),
         ("Connections", most < wanted and f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)"),
         ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
         ("WARNING", flaw and f"{cert} {flaw}; move it and {settings.cert_key} away to have a new pair made"),
