@@ -2636,7 +2636,7 @@ def serve(settings: Settings) -> int:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
     gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings), Limits(), Watchman(), say)
-    if any(key.tokens for key in keys.value.values()):
+    if any(key.tokens for key in keys.value.values()) and not gateway.log.may_block:  # a pipe would never end
         today = datetime.now(timezone.utc).date()
         gateway.limits.charged[today] = charged_on(settings.log, today)
     with explained(f"cannot listen on {settings.listen[0]}:{settings.listen[1]}", "choose another --listen", Unable):

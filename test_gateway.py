@@ -1795,6 +1795,13 @@ def test_a_reader_of_a_pipe_that_stops_reading_stops_the_service_and_loses_nothi
     assert [json.loads(line)["status"] for line in lines] == answers
 
 
+def test_a_pipe_is_not_read_for_what_keys_were_charged_today(start: Callable[..., RunningGateway], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    assert start("--log", "fifo", keys=f"{KEY} tokens=5/day\n").ask().status == 200
+    os.close(reader)
+
+
 def test_a_pipe_that_nobody_reads_is_refused_at_the_start(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(gateway.OperatorError, match=r"cannot write to .*fifo: .*; choose another --log"):
