@@ -177,9 +177,9 @@ PLACE: Final = rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})"
 # The kinds of values: the type, the placeholder in the help text, and the function that reads the text of one value.
 Switch = Annotated[bool, "", functools.partial(read, "(?i:(1|t|true|y|yes|on)|0|f|false|n|no|off)", bool)]
 Place = Annotated[tuple[str, int], "HOST:PORT", functools.partial(
-    read, PLACE, lambda host, port: (host.strip("[]"), int(port)))]  # fmt: skip
+    read, PLACE, lambda host, port: (host, int(port)))]  # fmt: skip
 Status = Annotated[tuple[Any, ...], "HOST:PORT", functools.partial(
-    read, f"off|{PLACE}", lambda host, port: (host.strip("[]"), int(port)) if port else ())]  # fmt: skip
+    read, f"off|{PLACE}", lambda host, port: (host, int(port)) if port else ())]  # fmt: skip
 Url = Annotated[Upstream, "URL", functools.partial(read, URL, upstream_url)]
 File = Annotated[str, "FILE", str]
 Mode = Annotated[str, "MODE", functools.partial(read, "(off|flag|block)", str)]
@@ -1526,8 +1526,7 @@ def verify_log(paths: Sequence[str], head: str | None) -> Iterator[str]:
         raise Unable(f"{stray} names no line before it: the gateway did not write it")
     if not seen:
         raise Unable(f"{paths[-1]}: no line has SHA-256 {head}, so its end was cut off, or it is another log")
-    place = f"the last, in {paths[-1]}, has SHA-256 {last[1:-1].decode()}"
-    yield f"{lines} lines, {older} of them from before lines were linked; {place}"
+    yield f"{lines} lines, {older} of them from before lines were linked; the last has SHA-256 {last[1:-1].decode()}"
 
 
 def _open_file(log: LogFile) -> io.FileIO:
@@ -1558,107 +1557,82 @@ def _was_moved(path: str, file: io.FileIO) -> bool:
 
 
 # --- Usage report ---
-# Who used what, from nothing but the audit log.  Its lines may hold anything, so nothing in them is trusted.
+# Who used what, from nothing but the audit log.  Its lines may hold anything, so nothing in them is trusted.  A report
+# is a list of rows: first the names of the columns, then what was used, and last the total.
 
 DIMENSIONS: Final = ("day", "key", "model", "client")
-_COLUMNS: Final = ("requests", "refused", "failed", "prompt", "response", "total")
-Sums = dict[tuple[str, ...], list[int]]  # by the values of some dimensions: the columns, with `charged` for the last
+COLUMNS: Final = ("requests", "refused", "failed", "prompt", "response", "total", "share")  # behind the dimensions
+Sums = dict[tuple[str, ...], list[int]]  # by the values of dimensions: the first five columns, and what was charged
 
 
-def sum_up(path: str, sums: Sums, since: str, until: str, progress: Callable[[str], object]) -> int:
-    """Add a log's requests of these days, both included, by all dimensions; returns how many lines are none."""
-    import gzip  # noqa: PLC0415 - is needed here only
+def sum_up(paths: Iterable[str], since: str, until: str, progress: Callable[[str], object]) -> tuple[Sums, int]:
+    """The requests of these days, both included, by all dimensions, and how many lines of the logs are none."""
+    from fileinput import hook_compressed as opened  # noqa: PLC0415 - is needed here only
 
-    others, opener = 0, gzip.open if path.endswith(".gz") else open
-    with opener(path, "rb") as file, contextlib.suppress(EOFError):  # which a file that is being compressed ends with
-        for number, line in enumerate(iter(lambda: file.readline(READ_SIZE), b""), 1):
-            record = _object(_parsed(line))
-            day, status = str(record.get("timestamp"))[:10], record.get("status")
-            if not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", day) or not isinstance(status, int):
-                others += 1
-            elif since <= day <= until:
-                names = ("-" if (name := record.get(each)) is None else str(name) for each in DIMENSIONS[1:])
-                row = sums.setdefault((day, *names), [0] * 6)
-                refused = record.get("refused", (record.get("key") is None and status == 403) or None) is not None
-                told = map(record.get, ("prompt_tokens", "response_tokens", "charged"))
-                tokens = (number if isinstance(number, int) else 0 for number in told)
-                row[:] = map(int.__add__, row, (1, refused, status >= 500 and not refused, *tokens))
-            if number % 50_000 == 0:
-                progress(f"{path}: {number:,} lines")
-    return others
-
-
-def usage_rows(sums: Sums, by: Sequence[str], limits: dict[str, int]) -> list[dict[str, Any]]:
-    """The rows of the report; `limits` are the tokens a day of the keys that have a limit."""
-    grouped: Sums = {}
-    for group, numbers in sums.items():
-        sum_of_group = grouped.setdefault(tuple(group[DIMENSIONS.index(name)] for name in by), [0] * 6)
-        sum_of_group[:] = map(int.__add__, sum_of_group, numbers)
-    rows = []
-    for group, (*counted, charged) in sorted(grouped.items()):
-        names = dict(zip(by, group))
-        limit = limits.get(names["key"]) if sorted(by) == ["day", "key"] else None
-        share = round(charged / limit, 3) if limit else None
-        rows.append({**names, **dict(zip(_COLUMNS, (*counted, sum(counted[-2:])))), "share": share})
-    return rows
+    sums, others = Sums(), 0
+    for path in paths:
+        # A file that is still being compressed ends with an EOFError.
+        with explained(f"cannot read {path}", "name another"), contextlib.suppress(EOFError), opened(path, "rb") as log:
+            for number, line in enumerate(iter(functools.partial(log.readline, READ_SIZE), b""), 1):
+                record = _object(_parsed(line))
+                counts = {name: value for name, value in record.items() if isinstance(value, int)}
+                day, status = str(record.get("timestamp"))[:10], counts.get("status")
+                if not status or not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", day):
+                    others += 1
+                elif since <= day <= until:
+                    # repr() escapes what could control a terminal.
+                    group = (day, *(repr(str(record.get(name) or "-"))[1:-1] for name in DIMENSIONS[1:]))
+                    refused = record.get("refused") is not None or (record.get("key") is None and status == 403)
+                    tokens = (counts.get(name, 0) for name in ("prompt_tokens", "response_tokens", "charged"))
+                    numbers = (1, refused, status >= 500 and not refused, *tokens)
+                    sums[group] = [*map(int.__add__, sums.get(group, [0] * 6), numbers)]
+                if number % 100_000 == 0:
+                    progress(f"{path}: {number:,} lines")
+    return sums, others
 
 
-def usage_total(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """The sum of each column."""
-    return {column: sum(row[column] for row in rows) for column in _COLUMNS}
+def usage_report(sums: Sums, by: Sequence[str], limits: dict[str, int]) -> Iterator[list[Any]]:
+    """The report by some of the dimensions; `limits` are the tokens a day of the keys that have a limit."""
+    grouped = Sums()
+    for names, numbers in sums.items():
+        group = tuple(names[DIMENSIONS.index(name)] for name in by)
+        grouped[group] = [*map(int.__add__, grouped.get(group, [0] * 6), numbers)]
+    total = ("total", *[""] * (len(by) - 1)), [*map(sum, zip([0] * 6, *sums.values()))]
+    yield [*by, *COLUMNS]
+    for group, (*counted, charged) in [*sorted(grouped.items()), total]:
+        limit = limits.get(group[-1]) if by == ["day", "key"] else None
+        yield [*group, *counted, sum(counted[-2:]), round(charged / limit, 3) if limit else None]
 
 
-def usage_csv(rows: Sequence[dict[str, Any]], by: Sequence[str]) -> str:
-    """The rows as comma-separated values (RFC 4180), below a line of the columns' names."""
-    import csv  # noqa: PLC0415 - is needed here only
-
-    csv.writer(text := io.StringIO(), lineterminator="\n").writerows(
-        [[*by, *_COLUMNS, "share"], *(row.values() for row in rows)]
-    )
-    return text.getvalue().rstrip("\n")
-
-
-def usage_table(rows: Sequence[dict[str, Any]], by: Sequence[str], bars: bool) -> Iterator[str]:
-    """The report as lines of text, with a bar for the tokens of each row if wanted."""
-    columns, most = (*by, *_COLUMNS, "share"), max((row["total"] for row in rows), default=0)
-    lines = [dict.fromkeys(columns, None) | row for row in (*rows, {**usage_total(rows), by[0]: "total"})]
-    cells = [[_printable(line[column]) for column in columns] for line in lines]
-    widths = [max(map(len, column)) for column in zip(columns, *cells)]
-    for row, line in zip([None, *rows, None], [columns, *cells]):
-        aligned = enumerate(zip(line, widths))
-        text = [cell.ljust(width) if at < len(by) else cell.rjust(width) for at, (cell, width) in aligned]
-        yield "  ".join(text).rstrip() + ("  " + "#" * round(20 * row["total"] / most) if bars and row and most else "")
+def usage_table(report: Sequence[Sequence[Any]], bar: int = 0) -> Iterator[str]:
+    """The report as lines of text, with a bar for the tokens of each row; `bar` is the length of the longest one."""
+    cells = [[*map(str, row), f"{share:.0%}" if isinstance(share, float) else share or ""] for *row, share in report]
+    columns = [(max(map(len, column)), str.rjust if column[0] in COLUMNS else str.ljust) for column in zip(*cells)]
+    most = max([1, *(row[-2] for row in report[1:-1])])
+    bars = ["", *("#" * round(bar * row[-2] / most) for row in report[1:-1]), ""]
+    for line, end in zip(cells, bars):
+        yield "  ".join([*(align(cell, width) for cell, (width, align) in zip(line, columns)), end]).rstrip()
 
 
-def _printable(value: Any) -> str:
-    """A cell's text; what could control a terminal is shown as a question mark."""
-    text = "" if value is None else f"{value:.0%}" if isinstance(value, float) else str(value)
-    return "".join(each if each.isprintable() else "?" for each in text)
-
-
-def usage_page(rows: Sequence[dict[str, Any]], by: Sequence[str], sums: Sums) -> str:
+def usage_page(report: Sequence[Sequence[Any]], sums: Sums) -> str:
     """The report as one HTML page, with the tokens by day, key and model as bars."""
-    head, *body = usage_table(rows, by, bars=False)
-    charts = (_chart(name, usage_rows(sums, [name], {})) for name in DIMENSIONS[:3])
-    return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Usage of the gateway</title>
-<meta name="viewport" content="width=device-width"><style>:root {{ color-scheme: light dark }}
-body {{ font: 15px system-ui, sans-serif; margin: 2em auto; padding: 0 1em; max-width: 1300px }}
-section {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 2em }}
-svg {{ width: 100% }} text {{ fill: currentColor; font-size: 13px }} rect {{ fill: #4a86c8 }}
-pre {{ overflow-x: auto }}</style><h1>Usage of the gateway</h1><section>{"".join(charts)}</section>
-<pre>{html.escape(chr(10).join((head, *body)))}</pre></html>"""
+    charts = "".join(_chart(name, [*usage_report(sums, [name], {})][1:-1]) for name in DIMENSIONS[:3])
+    table = html.escape("\n".join(usage_table(report)))
+    return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Usage of the gateway</title><style>:root {{ color-scheme: light dark }} svg > text {{ font-size: 18px }}
+body {{ font: 15px system-ui, sans-serif; margin: 2em }} pre {{ overflow-x: auto }} rect {{ fill: #4a86c8 }}
+svg {{ width: min(100%, 400px); vertical-align: top; margin: 0 1em 2em 0; font-size: 13px; fill: currentColor }}</style>
+<h1>Usage of the gateway</h1>{charts}<pre>{table}</pre></html>"""
 
 
-def _chart(name: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Bars of tokens as an inline SVG: all days, or the 20 keys or models with the most."""
-    shown = rows[-62:] if name == "day" else sorted(rows, key=lambda row: -row["total"])[:20]
-    most, bars = max((row["total"] for row in shown), default=0) or 1, ""
-    for at, row in enumerate(shown):
-        label, width = html.escape(_printable(row[name])[:24]), max(1, 190 * row["total"] / most)
-        bars += f'<text x="0" y="{at * 22 + 14}">{label}</text>'
-        bars += f'<rect x="190" y="{at * 22 + 2}" width="{width:.0f}" height="15"/>'
-        bars += f'<text x="{width + 195:.0f}" y="{at * 22 + 14}">{row["total"]:,}</text>'
-    return f'<div><h2>Tokens by {name}</h2><svg viewBox="0 0 480 {len(shown) * 22 + 4}" role="img">{bars}</svg></div>'
+def _chart(name: str, rows: list[list[Any]]) -> str:
+    """Bars of tokens as an inline SVG: the last 62 days, or the 20 keys or models with the most."""
+    shown = rows[-62:] if name == "day" else sorted(rows, key=lambda row: -row[-2])[:20]
+    most, bars = max([1, *(row[-2] for row in shown)]), ""
+    for at, (label, *_, tokens, _) in enumerate(shown, 1):
+        bars += f'<g transform="translate(0 {22 * at + 24})"><text>{html.escape(label[:24])}</text><text x="400">'
+        bars += f'{tokens:,}</text><rect x="190" y="-12" width="{200 * tokens / most:.0f}" height="15"/></g>'
+    return f'<svg viewBox="0 0 500 {22 * len(shown) + 32}" role="img"><text y="16">Tokens by {name}</text>{bars}</svg>'
 
 
 # --- Metrics ---
@@ -2571,11 +2545,11 @@ class Server(_Reporting, http.server.ThreadingHTTPServer):
         self.slots = threading.Semaphore(gateway.settings.max_connections)
         self.relay = Relay() if with_relay and TURN and hasattr(select, "epoll") else None
         host, port = gateway.settings.listen
-        both = host in ("", "::") and socket.has_dualstack_ipv6()
+        both = host in ("", "[::]") and socket.has_dualstack_ipv6()
         super().__init__((host, port), functools.partial(Handler, gateway, self.relay), bind_and_activate=False)
         self.socket.close()  # it is for IPv4 only, and binding it would ask the name service for our name
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-        self.socket = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
+        self.socket = socket.create_server((host.strip("[]"), port), family=family, backlog=1024, dualstack_ipv6=both)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; pause where descriptors are short, since the accept loop would spin."""
@@ -2625,7 +2599,7 @@ class StatusServer(_Reporting, socketserver.TCPServer):
     def __init__(self, gateway: Gateway) -> None:
         self.gateway, (host, port) = gateway, gateway.settings.status
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), socketserver.BaseRequestHandler)
+        super().__init__((host.strip("[]"), port), socketserver.BaseRequestHandler)
 
     def finish_request(self, request: Any, _address: Any) -> None:
         """Answer the request that stands in the first bytes, within a second, since others wait."""
@@ -2817,13 +2791,14 @@ def check_log(settings: Settings) -> Findings:
 
 def check_port(settings: Settings) -> Findings:
     """Whether the port is free."""
-    (host, port), place = settings.listen, host_and_port(*settings.listen)
+    host, port = settings.listen
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-        yield "ok", f"{place} is free"
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host.strip("[]"), port), family=family).close()
+        yield "ok", f"{host}:{port} is free"
     except OSError as error:
         reason = (error.strerror or "").partition(" (while")[0]
-        yield "warning", f"{place} is not free ({reason}); unless the gateway runs there already, see --listen"
+        yield "warning", f"{host}:{port} is not free ({reason}); unless the gateway runs there already, see --listen"
 
 
 def check_upstream(settings: Settings) -> Findings:
@@ -2845,7 +2820,7 @@ def check_upstream(settings: Settings) -> Findings:
     own = own_addresses()
     for address in own if upstream.host in ("127.0.0.1", "::1", "localhost", *own) else ():
         with contextlib.suppress(OSError), socket.create_connection((address, upstream.port), timeout=1):
-            around = host_and_port(address, upstream.port)
+            around = f"port {upstream.port} of {address}"
             yield "warning", f"{around} leads to the upstream around the gateway; bind it to 127.0.0.1 instead"
 
 
@@ -2861,66 +2836,25 @@ def own_addresses() -> list[str]:
     return sorted(address for address in found if (known := _address(address)) and not known.is_loopback)
 
 
-def host_and_port(host: str, port: int) -> str:
-    """Write an address as URLs do."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 # --- Command line ---
 # Arguments come in and an exit status goes out.  No other section prints anything or ends the process.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.  Returns 0 after a clean stop, 1 if the gateway cannot run, 2 if it was told wrong."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    commands = {"keygen": lambda words: [key_line(*words)], "check": check, "usage": report_usage, "verify-log": verify}
     try:
-        if not (arguments and (command := COMMANDS.get(arguments[0]))):
+        if not arguments or arguments[0] not in commands:
             return serve(parse_arguments(arguments))
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
-        for line in command(arguments[1:]):
-            print(line)
+        for text in commands[arguments[0]](arguments[1:]):
+            print(text)
         return 0
-    except KeyboardInterrupt:  # Ctrl+C before stop_on_signals() was called
+    except KeyboardInterrupt:  # Ctrl+C before serve() handles signals
         return 130
     except Exception as error:  # caught whatever it is, because a traceback might show an API key
         say(f"gateway: {error}" if isinstance(error, OperatorError) else fault(error))
         return 2 if type(error) is OperatorError else 1
-
-
-def report_usage(argv: Sequence[str]) -> Iterator[str]:
-    """Tell who used what, from audit logs."""
-    parser = _Parser(prog="gateway usage", allow_abbrev=False)
-    parser.add_argument("files", metavar="FILE", nargs="*", help="audit logs, also rotated and .gz ones [gateway.log]")
-    parser.add_argument("--by", type=dimensions, default="day,key", help=f"group by {', '.join(DIMENSIONS)} [day,key]")
-    parser.add_argument("--since", type=date.fromisoformat, default=date.min, help="the first day, like 2026-11-01")
-    parser.add_argument("--until", type=date.fromisoformat, default=date.max, help="the last day, included (UTC)")
-    parser.add_argument("--keys", metavar="FILE", default="keys.txt", help="the key file, for the share of limits")
-    forms = parser.add_mutually_exclusive_group()
-    for form in ("json", "csv", "html"):
-        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
-    given, sums, others = parser.parse_args(argv), Sums(), 0
-    limits = {key.name: key.tokens for key in load_keys(given.keys).values() if key.tokens}
-    for path in given.files or [os.environ.get("GATEWAY_LOG") or "gateway.log"]:
-        with explained(f"cannot read {path}", "see that it is there, and an audit log"):
-            others += sum_up(path, sums, str(given.since), str(given.until), tell)
-    tell("")
-    rows = usage_rows(sums, given.by, limits)
-    if given.form == "json":
-        yield json.dumps({"rows": rows, "total": usage_total(rows)})
-    elif given.form == "csv":
-        yield usage_csv(rows, given.by)
-    elif given.form == "html":
-        yield usage_page(rows, given.by, sums)
-    else:
-        yield from usage_table(rows, given.by, bars=os.isatty(1))
-    if others:
-        say(f"{others} lines were left out, since they are no audit lines")
-
-
-def dimensions(text: str) -> list[str]:
-    """The dimensions that a list names.  Raises ValueError."""
-    return sorted({*text.split(",")}, key=DIMENSIONS.index)
 
 
 def check(argv: Sequence[str]) -> Iterator[str]:
@@ -2936,31 +2870,51 @@ def check(argv: Sequence[str]) -> Iterator[str]:
         raise kind(f"errors: {number['error']}, warnings: {number['warning']}")
 
 
-def tell(progress: str) -> None:
-    """Show progress on a terminal, in place of what was there."""
-    if os.isatty(2):
-        print(f"\r\x1b[K{progress}", end="", file=sys.stderr, flush=True)
-
-
 def verify(argv: Sequence[str]) -> Iterator[str]:
-    """Check an audit log; raises Unable if a line was changed."""
-    parser = _Parser(prog="gateway verify-log", allow_abbrev=False)
+    """Check an audit log: what is to be told, or an error if a line was changed."""
+    parser = _Parser(prog="gateway verify-log")
     parser.add_argument("files", metavar="FILE", nargs="+", help="the log, its rotated parts first, oldest first")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--head", metavar="HASH", help="a digest that the gateway told; it must be that of a line")
     which.add_argument("--each", action="store_true", help="each file is the log of another gateway")
     given = parser.parse_args(argv)
-    logs = [[file] for file in given.files] if given.each else [given.files]
-    return itertools.chain.from_iterable(verify_log(log, given.head) for log in logs)
+    if not given.each:
+        return verify_log(given.files, given.head)
+    return (f"{file}: {told}" for file in given.files for told in verify_log([file], None))
 
 
-# What can be asked for instead of serving: functions of the other arguments that return lines to print.
-COMMANDS: Final[dict[str, Callable[[Sequence[str]], Iterable[str]]]] = {
-    "keygen": lambda words: [key_line(*words)],
-    "check": check,
-    "usage": report_usage,
-    "verify-log": verify,
-}
+def report_usage(argv: Sequence[str]) -> Iterator[str]:
+    """Report who used what.  The variables GATEWAY_LOG and GATEWAY_KEYS say where the gateway's files are."""
+    import csv  # noqa: PLC0415 - is needed here only
+
+    settings, parser = parse_arguments([]), _Parser(prog="gateway usage")
+    parser.add_argument("files", metavar="FILE", nargs="*", default=[settings.log], help="audit logs, also .gz ones")
+    parser.add_argument("--by", type=dimensions, default="day,key", help=f"group by {', '.join(DIMENSIONS)} [day,key]")
+    parser.add_argument("--since", type=date.fromisoformat, default=date.min, help="the first day, as YYYY-MM-DD (UTC)")
+    parser.add_argument("--until", type=date.fromisoformat, default=date.max, help="the last day, which is included")
+    for form in ("json", "csv", "html"):
+        parser.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
+    given = parser.parse_args(argv)
+    limits = {key.name: key.tokens for key in load_keys(settings.keys).values() if key.tokens}
+    sums, others = sum_up(given.files, str(given.since), str(given.until), say if os.isatty(2) else len)
+    if others:
+        say(f"{others} lines were left out, since they are no audit lines")
+    head, *rows, total = report = [*usage_report(sums, given.by, limits)]
+    # A name may hold what the terminal cannot show.  Standard output is a TextIOWrapper, which mypy does not know.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if given.form == "json":
+        yield json.dumps({"rows": [dict(zip(head, row)) for row in rows], "total": dict(zip(COLUMNS, total[-7:-1]))})
+    elif given.form == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows([head, *rows])
+    elif given.form == "html":
+        yield usage_page(report, sums)
+    else:
+        yield from usage_table(report, bar=20 * os.isatty(1))
+
+
+def dimensions(text: str) -> list[str]:
+    """The dimensions that a list names.  Raises ValueError."""
+    return sorted({*text.split(",")}, key=DIMENSIONS.index)
 
 
 def serve(settings: Settings) -> int:
@@ -2976,17 +2930,25 @@ def serve(settings: Settings) -> int:
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
     metrics = Metrics() if settings.status else None
     gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings), Limits(), Watchman(), say, metrics)
-    if any(key.tokens for key in keys.value.values()):
+    if any(key.tokens for key in keys.value.values()) and not gateway.log.may_block:  # a pipe would never end
         today = datetime.now(timezone.utc).date()
         gateway.limits.charged[today] = charged_on(settings.log, today)
-    with explained(f"cannot listen on {host_and_port(*settings.listen)}", "choose another place with --listen", Unable):
+    with explained(f"cannot listen on {settings.listen[0]}:{settings.listen[1]}", "choose another --listen", Unable):
         server = Server(gateway, context)
     status = start_status(gateway) if settings.status else ""
-    stop_on_signals(server)
+
+    def stop(*_: Any) -> None:  # the first SIGINT or SIGTERM drains the server, and the second one ends it at once
+        if gateway.watchman.leaving:
+            abandon(server)
+        gateway.watchman.leaving = True
+
+    # SIGHUP and SIGUSR1 make other servers reload their settings or reopen their log.  The gateway watches its files,
+    # so it ignores these signals instead of being killed by them.  Windows has neither.
+    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"} & {*dir(signal)}:
+        signal.signal(getattr(signal, name), stop if name in ("SIGINT", "SIGTERM") else signal.SIG_IGN)
     # All connections depend on these threads.  If one fails, the gateway ends, so that systemd or Docker start it anew.
     threading.excepthook = lambda failed: abandon(server, failed.exc_value)
-    relays = [server.relay.run] if server.relay else []
-    for run in (lambda: server.serve_forever(TICK), gateway.watchman.run, *relays):
+    for run in (server.serve_forever, gateway.watchman.run, *([server.relay.run] if server.relay else [])):
         threading.Thread(target=run, daemon=True).start()
     announce(gateway, server.socket.getsockname()[1], line.split()[0] if fresh else "", wanted, status)
     notify("READY=1")
@@ -2995,26 +2957,30 @@ def serve(settings: Settings) -> int:
 
 def start_status(gateway: Gateway) -> str:
     """Serve what --status asks for, and return where."""
-    place = gateway.settings.status
-    with explained(f"cannot listen on {host_and_port(*place)}", "choose another place with --status", Unable):
+    host, port = gateway.settings.status
+    with explained(f"cannot listen on {host}:{port}", "choose another --status", Unable):
         server = StatusServer(gateway)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return host_and_port(place[0], server.socket.getsockname()[1])
+    return f"{host}:{server.socket.getsockname()[1]}"
+
+
+def daily_news(gateway: Gateway) -> Iterator[str]:
+    """What is told at midnight, UTC."""
+    yield f"the audit log has {log_head(gateway.log)}"
+    with contextlib.suppress(OperatorError):  # Watched tells of files that cannot be read
+        if flaw := certificate_flaw(gateway.settings.cert, gateway.settings.name):
+            yield f"WARNING {gateway.settings.cert} {flaw}"
 
 
 def keep_house(server: Server) -> int:
     """While other threads serve, follow the files and close idle connections.  Returns the exit status at the end."""
-    gateway, day = server.gateway, datetime.now(timezone.utc).date()
+    gateway, context, day = server.gateway, server.context, datetime.now(timezone.utc).date()
     try:
         while not gateway.watchman.leaving:
-            for news in filter(None, (gateway.keys.refresh(), server.context.refresh(), *log_news(gateway.log))):
-                say(news)
             before, day = day, datetime.now(timezone.utc).date()
-            if day != before:
-                say(f"the audit log has {log_head(gateway.log)}")
-                with contextlib.suppress(OperatorError):  # refresh() tells of files that cannot be read
-                    if flaw := certificate_flaw(gateway.settings.cert, gateway.settings.name):
-                        say(f"WARNING {gateway.settings.cert} {flaw}")
+            midnight = daily_news(gateway) if day != before else []
+            for news in filter(None, (gateway.keys.refresh(), context.refresh(), *log_news(gateway.log), *midnight)):
+                say(news)
             notify("WATCHDOG=1")
             gateway.pool.prune()
             time.sleep(TICK)
@@ -3047,23 +3013,6 @@ def abandon(server: Server, error: BaseException | None = None) -> None:
     os._exit(1)
 
 
-def stop_on_signals(server: Server) -> None:
-    """Let the first SIGINT or SIGTERM drain the server, and the second one end it at once.
-
-    SIGHUP and SIGUSR1 make other servers reload their settings or reopen their log.  The gateway watches its files, so
-    it ignores these signals instead of being killed by them.
-    """
-
-    def stop(*_: Any) -> None:
-        if server.gateway.watchman.leaving:
-            abandon(server)
-        server.gateway.watchman.leaving = True
-
-    handlers: dict[str, Any] = {"SIGINT": stop, "SIGTERM": stop, "SIGHUP": signal.SIG_IGN, "SIGUSR1": signal.SIG_IGN}
-    for name in handlers.keys() & dir(signal):  # Windows has neither SIGHUP nor SIGUSR1
-        signal.signal(getattr(signal, name), handlers[name])
-
-
 def possible_connections() -> int:
     """Raise the limit of descriptors as far as the system allows, and return how many clients it suffices for."""
     if sys.platform == "win32":
@@ -3079,11 +3028,9 @@ def possible_connections() -> int:
 
 def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int, status: str) -> None:
     """Tell the operator how to use the gateway, and what is wrong with its settings."""
-    settings, keys, head = gateway.settings, gateway.keys.value, log_head(gateway.log)
-    host, upstream, cert, most = settings.listen[0], settings.upstream, settings.cert, settings.max_connections
-    everywhere, near = host in ("", "0.0.0.0", "::"), upstream.host in ("127.0.0.1", "::1", "localhost")  # noqa: S104
-    listen = host_and_port("" if everywhere else host, port)
-    url = f"https://{'localhost' if everywhere else ''}{listen}"
+    settings, keys, upstream = gateway.settings, gateway.keys.value, gateway.settings.upstream
+    host, cert, most = settings.listen[0], settings.cert, settings.max_connections
+    url = f"https://{'localhost' if host in ('', '0.0.0.0', '[::]') else host}:{port}"  # noqa: S104 - is compared only
     example = """chat -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'""" if settings.demo else "tags"
     state = "the built-in demo, not a model" if settings.demo else "it answers"
     try:
@@ -3093,29 +3040,29 @@ def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int, status: s
     fingerprint, until, _ = describe_certificate(cert, ())
     found = [*check_keys(settings), *check_certificate(settings)]
     shown = fresh_key if os.isatty(2) else ""  # other people can read a journal or a container's log later
-    # Each row is a label, its text, and the conditions under which they are shown.
-    rows: list[tuple[Any, ...]] = [("URL", url),
+    # Each row is a label, and its text if the row is to be shown.
+    rows: list[tuple[str, Any]] = [("URL", url),
         ("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}"),
         ("Keys", f"{len(keys)} in {settings.keys}"),
-        ("New key", f"{shown} - also in {settings.keys}, and not shown again", shown),
-        ("New key", f"stands in {os.path.abspath(settings.keys)}", fresh_key, not shown),
-        ("Connections", f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)", most < wanted),
+        ("New key", shown and f"{shown} - also in {settings.keys}, and not shown again"),
+        ("New key", fresh_key and not shown and f"stands in {os.path.abspath(settings.keys)}"),
+        ("Connections", most < wanted and f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)"),
         ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
-        ("Audit log", f"{'standard output' if settings.log == '-' else settings.log}, {head}"),
-        ("Status", f"http://{status}/healthz, /readyz and /metrics", status),
+        ("Audit log", f"{'standard output' if settings.log == '-' else settings.log}, {log_head(gateway.log)}"),
+        ("Status", status and f"http://{status}/healthz, /readyz and /metrics"),
         *[("WARNING", about) for state, about in found if state == "warning"],
         ("Try", f'curl --cacert {cert} -H "X-Api-Key: {shown or "YOUR-KEY"}" {url}/api/{example}')]  # fmt: skip
-    lines = "".join(f"\n  {label:<12} {text}" for label, text, *conditions in rows if all(conditions))
-    say(f"Gateway listening on {listen}, upstream {host_and_port('' if near else upstream.host, upstream.port)}{lines}")
+    near = re.sub(r"\A(127\.0\.0\.1|\[::1\]|localhost)(?=:)", "", upstream.authority)
+    lines = "".join(f"\n  {label:<12} {text}" for label, text in rows if text)
+    say(f"Gateway listening on {host}:{port}, upstream {near}{lines}")
 
 
 def say(text: str) -> None:
     """Print lines on stderr, the first one with the time.  If nobody reads them, give up after a second."""
+    lines = f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}".splitlines()
     with contextlib.suppress(OSError, ValueError):
-        for line in f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}".splitlines():
-            if not takes_a_line(2, patience=1):
-                return
-            print(line, file=sys.stderr, flush=True)
+        while lines and takes_a_line(2, patience=1):
+            print(lines.pop(0), file=sys.stderr, flush=True)
 
 
 # For each option: its flag, the placeholder of its value, the function that reads a value, the default, the purpose.
@@ -3126,15 +3073,13 @@ OPTIONS: Final = [("--" + name.replace("_", "-"), *hint.__metadata__) for name, 
 def parse_arguments(argv: Sequence[str]) -> Settings:
     """Read all options.  A flag takes precedence over its environment variable, and that one over the default."""
     parser = _Parser(prog="gateway", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False,
-                     epilog="gateway keygen [NAME] [OPTION...] prints a fresh line for the key file; gateway check "
-                     "looks for what is wrong before the start; gateway verify-log FILE... finds a line of "
-                     "an audit log that was changed, and gateway usage sums it up.")  # fmt: skip
+                     epilog="Also: keygen [NAME] [OPTION...], check, usage [FILE...], verify-log FILE...")  # fmt: skip
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
     for flag, what, _, default, about in OPTIONS:
         variable = "GATEWAY_" + flag[2:].replace("-", "_").upper()
-        note = f"default {default}" if default else "may be given several times"
         how: Any = {"action": "append", "metavar": what} if what else {"action": "append_const", "const": "yes"}
-        parser.add_argument(flag, dest=variable, help=f"{about} [{variable}; {note}]", **how)
+        note = f"{about} [{variable}; {f'default {default}' if default else 'repeatable'}]"
+        parser.add_argument(flag, dest=variable, help=note, **how)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:  # only the name of the first one is shown, since what follows may be an API key
         raise OperatorError(f"there is no argument {unknown[0].partition('=')[0]}; see --help")
