@@ -280,9 +280,6 @@ def _model_pattern(glob: str) -> re.Pattern[str]:
     return re.compile(pattern if glob.lower().endswith("cloud") else rf"(?!.*[:-]cloud\Z){pattern}")
 
 
-_GLOBS = "=([A-Za-z0-9_.:/@*-]+(?:,[A-Za-z0-9_.:/@*-]+)*)"
-
-
 def per(number: str, unit: str) -> tuple[int, int]:
     """A rate: requests, and the nanoseconds in which they may come."""
     return int(number), {"s": 1, "min": 60, "h": 3600, "day": 86400}[unit] * 10**9
@@ -305,7 +302,8 @@ class Key(NamedTuple):
     name: Annotated[str, "name=NAME", r"=(\S+)", str]
     expires: Annotated[date, "expires=YYYY-MM-DD", "=([0-9]{4}-[0-9]{2}-[0-9]{2})", date.fromisoformat] = date.max
     role: Annotated[str, "role=admin|user", "=(admin|user)", str] = "admin"
-    models: Annotated[Models, "models=GLOB,GLOB", _GLOBS, model_patterns] = ()  # empty for all, like the limits below
+    # Empty for all, as 0 is without limit.
+    models: Annotated[Models, "models=GLOB,GLOB", r"=((?a:[\w.:/@*-]+,)*(?a:[\w.:/@*-]+))", model_patterns] = ()
     rate: Annotated[tuple[int, int], "rate=N/s|min|h|day", "=([1-9][0-9]{0,8})/(s|min|h|day)", per] = 0, 0
     tokens: Annotated[int, "tokens=N[k|M]/day", "=([1-9][0-9]{0,11})([kM]?)/day", times] = 0
     parallel: Annotated[int, "parallel=N", "=([1-9][0-9]{0,5})", int] = 0
@@ -319,9 +317,9 @@ class Keys(dict[bytes, Key]):
     paths = False  # whether any of them may stand in a path
 
 
-_KEY_OPTIONS: Final = {name: hint.__metadata__ for name, hint in get_type_hints(Key, include_extras=True).items()
-                       if hasattr(hint, "__metadata__")}  # fmt: skip
-_KEY_FORMS: Final = ", ".join(form for form, _, _ in _KEY_OPTIONS.values())
+# All but digest and weak.
+_KEY_OPTIONS: Final = {n: kind.__metadata__ for n, kind in [*get_type_hints(Key, include_extras=True).items()][2:]}
+_KEY_HELP: Final = f"after the key, these may stand: {', '.join(form for form, _, _ in _KEY_OPTIONS.values())}"
 WELL_KNOWN: Final = {"demo-key", "demo-key-0123456789", "replace-me-with-keygen", "your-api-key-here"}
 
 
@@ -334,15 +332,13 @@ def find_key(keys: Keys, presented: Iterable[bytes], today: date, path: bytes = 
     if path and (key := keys.get(hashlib.sha256(path).digest())) and (key.path or key.trap):
         known.append(key)
     flaws = ["trap" if key.trap else "expired" if key.expires < today else None for key in known]
-    precedence = ("trap", None, "expired")
-    return min(zip(known, flaws), key=lambda each: precedence.index(each[1]), default=(None, "key"))
+    return min(zip(known, flaws), key=lambda each: ("trap", None, "expired").index(each[1]), default=(None, "key"))
 
 
 def load_keys(path: str) -> Keys:
     """Read the key file; a missing file has no keys.  An OperatorError names the line, but never quotes it."""
     keys, text = Keys(), ""
-    remedy = "it must be a text file in UTF-8 that the gateway may read"
-    with explained(f"cannot read {path}", remedy), contextlib.suppress(FileNotFoundError):
+    with explained(f"cannot read {path}", "it must be readable text in UTF-8"), contextlib.suppress(FileNotFoundError):
         content = Path(path).read_bytes()  # in UTF-8, or in UTF-16 as PowerShell's `echo` writes it
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     for number, line in enumerate(text.split("\n"), 1):
@@ -359,8 +355,8 @@ def _parse_key(where: str, secret: str, *words: str) -> Key:
     options: dict[str, Any] = {}
     for word in words:
         option = word.partition("=")[0]
-        known = option if option in _KEY_OPTIONS else "a word"  # which is not quoted, since it may be a key
-        with explained(f"{where}: {known} is not understood", f"after the key, these may stand: {_KEY_FORMS}"):
+        # A word that is no option is not quoted, since it may be a key.
+        with explained(f"{where}: {option if option in _KEY_OPTIONS else 'a word'} is not understood", _KEY_HELP):
             _, pattern, convert = _KEY_OPTIONS[option]
             options[option] = read(pattern, convert, word[len(option) :])
     if len(options) < len(words) or ("trap" in options and options.keys() - {"trap", "name"}):
@@ -544,10 +540,10 @@ class Head(NamedTuple):
     framing: int
     method: bytes = b""
     target: bytes = b""  # begins with a slash
-    status: int = 0
-    reason: bytes = b""
     path: bytes = b""  # the target without its query
     secret: bytes = b""  # a key that stood in the target
+    status: int = 0
+    reason: bytes = b""
 
 
 # These fields describe one connection only, so they are removed from requests and from answers:
@@ -556,8 +552,7 @@ class Head(NamedTuple):
 # - te, trailer and transfer-encoding belong to the framing, which the gateway chooses anew for each side (RFC 9110,
 #   6.6.2 and 10.1.4; RFC 9112, 6.1).
 # - proxy-authenticate would make the client send its password for a proxy (RFC 9110, 11.7.1).
-HOP_BY_HOP: Final = {b"connection", b"keep-alive", b"proxy-connection", b"upgrade",
-                     b"te", b"trailer", b"transfer-encoding", b"proxy-authenticate"}  # fmt: skip
+_PER_HOP = {*b"connection keep-alive proxy-connection upgrade te trailer transfer-encoding proxy-authenticate".split()}
 # These are removed from requests as well:
 # - authorization, x-api-key and proxy-authorization may hold a key of the gateway, or a password for the first proxy
 #   (RFC 9110, 11.7.2).
@@ -575,7 +570,7 @@ def _spellings(name: bytes) -> set[bytes]:
 
 
 # All spellings are computed in advance, so that each field of a request needs only one look-up.
-NOT_FORWARDED: Final = {spelling for name in HOP_BY_HOP | _REQUEST_ONLY for spelling in _spellings(name)}
+NOT_FORWARDED: Final = {spelling for name in _PER_HOP | _REQUEST_ONLY for spelling in _spellings(name)}
 IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # may be sent twice: RFC 9110, 9.2.2
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -619,8 +614,7 @@ def parse_request(head: bytes, keys_in_paths: bool = False) -> Head:
     if b"host" in fields or version == b"1.1":
         require(_HOST.fullmatch(fields.get(b"host", b"")), 400, "there must be one valid Host field")
     secret, target = key_in_path(target, keys_in_paths)
-    path = target.partition(b"?")[0]
-    return Head(version, fields, body_framing(fields, version), method, target, path=path, secret=secret)
+    return Head(version, fields, body_framing(fields, version), method, target, target.partition(b"?")[0], secret)
 
 
 def parse_answer(head: bytes, method: bytes) -> Head:
@@ -628,7 +622,7 @@ def parse_answer(head: bytes, method: bytes) -> Head:
     first, _, lines = head.partition(b"\r\n")
     version, code, reason = require(_STATUS_LINE.fullmatch(first), 400, "the status line is malformed").groups()
     fields, status = parse_fields(lines), int(code)
-    return Head(version, fields, body_framing(fields, version, status, method), b"", b"", status, reason or b"")
+    return Head(version, fields, body_framing(fields, version, status, method), status=status, reason=reason or b"")
 
 
 def require(found: T | None, status: int, message: str) -> T:
@@ -727,7 +721,7 @@ def forwarded_head(request: Head, upstream: Upstream, peer: str) -> bytes:
 def answer_head(answer: Head, upstream: Upstream, added: Iterable[bytes] = ()) -> bytes:
     """The head for the client: the upstream's own lines, followed by the lines `added`."""
     # Content-Length is forbidden in 1xx and 204 answers (RFC 9110, 8.6).
-    dropped = HOP_BY_HOP | {b"content-length"} if answer.status < 200 or answer.status == 204 else HOP_BY_HOP
+    dropped = _PER_HOP | {b"content-length"} if answer.status < 200 or answer.status == 204 else _PER_HOP
     head = _head(b"HTTP/1.1 %d %b" % (answer.status, answer.reason), answer.fields, dropped, added)
     return _reachable(head, upstream) if b"location" in answer.fields else head
 
@@ -778,13 +772,10 @@ def preflight_lines(request: Head) -> list[bytes]:
 
 # The type and the code in OpenAI's API, by the status and the rule, or by the status alone; the type in Anthropic's.
 _OPENAI: Final = {
-    (400, "guard"): ("invalid_request_error", "invalid_json"),
-    (400, "scan"): ("invalid_request_error", "content_filter"),
-    (403, "model"): ("invalid_request_error", "model_not_found"),
-    (403, None): ("permission_error", "permission_denied"),
-    (429, "tokens"): ("insufficient_quota", "insufficient_quota"),
-    (429, None): ("requests", "rate_limit_exceeded"),
-}
+    (400, "guard"): ("invalid_request_error", "invalid_json"), (429, None): ("requests", "rate_limit_exceeded"),
+    (400, "scan"): ("invalid_request_error", "content_filter"), (403, None): ("permission_error", "permission_denied"),
+    (403, "model"): ("invalid_request_error", "model_not_found"), (429, "tokens"): ("insufficient_quota",) * 2,
+}  # fmt: skip
 _ANTHROPIC: Final = {403: "permission_error", 413: "request_too_large", 429: "rate_limit_error"}
 
 
@@ -846,27 +837,26 @@ class BodyReader:
 
     def feed(self, data: bytes) -> bytes:
         """Return the content in the connection's next bytes.  Raises ClientError 400 or 431."""
-        if self.framing != CHUNKED:
-            content, self.rest = data[: self._missing], data[self._missing :]
-            self._missing -= len(content)
-            self.done = self.done or not self._missing
-            return content
         # The position `at` moves on instead of the data being cut, which would copy the rest for every one-byte chunk.
-        # Each round takes what there is of a chunk's content, none at first, and then the line with the next size.
+        # Each round takes what there is of the body, or of a chunk, which is none at first, and then the line with the
+        # next chunk's size.
         pieces, data, at = [], self._held + data, 0
         while not self.done:
             pieces.append(data[at : at + self._missing])
             at, self._missing = at + len(pieces[-1]), self._missing - len(pieces[-1])
+            if self.framing != CHUNKED:
+                self.done = not self._missing
+                break
             line = require(_CHUNK_LINE.match(data, at), 400, "a chunk's size is malformed, or wrong")
             if line[1] and (size := int(line[1], 16)):
                 self._missing, at = size, line.end()
             elif line[1] and (end := split_head(data[line.start(1) :])):
                 # The last chunk and its trailers have the form of a head (RFC 9112, 7.1).
                 self.trailers = parse_fields(end[0].partition(b"\r\n")[2])
-                self.done, self.rest = True, end[1]
+                self.done, at = True, len(data) - len(end[1])
             else:
                 break  # the rest of the line, or of the trailers, has not arrived yet
-        self._held = data[at:]
+        self._held, self.rest = (b"", data[at:]) if self.done else (data[at:], b"")
         return b"".join(pieces)
 
 
