@@ -332,7 +332,8 @@ def find_key(keys: Keys, presented: Iterable[bytes], today: date, path: bytes = 
     if path and (key := keys.get(hashlib.sha256(path).digest())) and (key.path or key.trap):
         known.append(key)
     flaws = ["trap" if key.trap else "expired" if key.expires < today else None for key in known]
-    return min(zip(known, flaws), key=lambda each: ("trap", None, "expired").index(each[1]), default=(None, "key"))
+    flaw = "trap" if "trap" in flaws else None if None in flaws else "expired" if flaws else "key"
+    return known[flaws.index(flaw)] if known else None, flaw
 
 
 def load_keys(path: str) -> Keys:
@@ -837,26 +838,27 @@ class BodyReader:
 
     def feed(self, data: bytes) -> bytes:
         """Return the content in the connection's next bytes.  Raises ClientError 400 or 431."""
+        if self.framing != CHUNKED:
+            content, self.rest = data[: self._missing], data[self._missing :]
+            self._missing -= len(content)
+            self.done = self.done or not self._missing
+            return content
         # The position `at` moves on instead of the data being cut, which would copy the rest for every one-byte chunk.
-        # Each round takes what there is of the body, or of a chunk, which is none at first, and then the line with the
-        # next chunk's size.
+        # Each round takes what there is of a chunk's content, none at first, and then the line with the next size.
         pieces, data, at = [], self._held + data, 0
         while not self.done:
             pieces.append(data[at : at + self._missing])
             at, self._missing = at + len(pieces[-1]), self._missing - len(pieces[-1])
-            if self.framing != CHUNKED:
-                self.done = not self._missing
-                break
             line = require(_CHUNK_LINE.match(data, at), 400, "a chunk's size is malformed, or wrong")
             if line[1] and (size := int(line[1], 16)):
                 self._missing, at = size, line.end()
             elif line[1] and (end := split_head(data[line.start(1) :])):
                 # The last chunk and its trailers have the form of a head (RFC 9112, 7.1).
                 self.trailers = parse_fields(end[0].partition(b"\r\n")[2])
-                self.done, at = True, len(data) - len(end[1])
+                self.done, self.rest = True, end[1]
             else:
                 break  # the rest of the line, or of the trailers, has not arrived yet
-        self._held, self.rest = (b"", data[at:]) if self.done else (data[at:], b"")
+        self._held = data[at:]
         return b"".join(pieces)
 
 
