@@ -302,7 +302,7 @@ class Key(NamedTuple):
     name: Annotated[str, "name=NAME", r"=(\S+)", str]
     expires: Annotated[date, "expires=YYYY-MM-DD", "=([0-9]{4}-[0-9]{2}-[0-9]{2})", date.fromisoformat] = date.max
     role: Annotated[str, "role=admin|user", "=(admin|user)", str] = "admin"
-    # Empty for all, as 0 is without limit.
+    # Empty means all models, as 0 means no limit in what follows.
     models: Annotated[Models, "models=GLOB,GLOB", r"=((?a:[\w.:/@*-]+,)*(?a:[\w.:/@*-]+))", model_patterns] = ()
     rate: Annotated[tuple[int, int], "rate=N/s|min|h|day", "=([1-9][0-9]{0,8})/(s|min|h|day)", per] = 0, 0
     tokens: Annotated[int, "tokens=N[k|M]/day", "=([1-9][0-9]{0,11})([kM]?)/day", times] = 0
@@ -317,7 +317,7 @@ class Keys(dict[bytes, Key]):
     paths = False  # whether any of them may stand in a path
 
 
-# All but digest and weak.
+# The first two fields, digest and weak, are no options.
 _KEY_OPTIONS: Final = {n: kind.__metadata__ for n, kind in [*get_type_hints(Key, include_extras=True).items()][2:]}
 _KEY_HELP: Final = f"after the key, these may stand: {', '.join(form for form, _, _ in _KEY_OPTIONS.values())}"
 WELL_KNOWN: Final = {"demo-key", "demo-key-0123456789", "replace-me-with-keygen", "your-api-key-here"}
@@ -578,7 +578,7 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([^\x00-\x20\x7f]+) HTTP/([0-9]\.[0-9])" % _TOKEN)
 _TARGET = re.compile(rb"(?i:https?://[^/?#@]+)?(/.*)?")
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]"
-# Without 101, which would change the protocol, and which nobody asked for.
+# 101 is refused, since it changes the protocol, which nobody asked for.
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) (?!101)([1-5][0-9][0-9])(?: (%b*))?" % _TEXT)
 _FIELDS = re.compile(rb"(?:(?:\A|\r\n)%b:%b*)*" % (_TOKEN, _TEXT))
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
