@@ -157,18 +157,17 @@ def origin_pattern(scheme: str | None, host: str, port: str | None) -> re.Patter
     """Make the pattern of the Origin headers to accept.  Browsers write them in lower case and omit a default port."""
     if not scheme:
         return re.compile(".+")  # the origin was *
-    default_port = {"http": 80, "https": 443}.get(scheme.lower())
+    default_port = {"http": "80", "https": "443"}.get(scheme.lower())
     if default_port and re.search(r"\]$|(^|\.)[0-9]+$", host):  # an IP address, which browsers write in canonical form
         host = re.sub("(.*:.*)", r"[\1]", str(ipaddress.ip_address(host.strip("[]"))))
-    number = int(port) if port and port != "*" else port
-    end = {"*": "(:[0-9]+)?", None: "", default_port: ""}.get(number, f":{number}")
+    end = {"*": "(:[0-9]+)?", None: "", default_port: ""}.get(port, f":{port}")
     host = re.escape(host).replace(r"\*\.", r"([0-9a-z_-]+\.)+").replace(r"\*", "[0-9a-z._-]*")
     return re.compile(f"{re.escape(scheme)}://{host}{end}", re.IGNORECASE | re.ASCII)
 
 
 HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*"  # names of Docker's services may contain _
 IPV6: Final = r"\[[0-9A-Fa-f:.]+\]"
-PORT: Final = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"  # up to 65535
+PORT: Final = "0|[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"  # up to 65535
 URL: Final = rf"(?=[!-~]+\Z)(?i:http(s?))://(({IPV6}|[^][/?#@:]+)(?::({PORT})?)?)((?:/[^?#]*)?)"
 # The lookahead rejects http://* and https://*, which would allow every page of the web; to mean that, one writes *.
 ORIGIN: Final = rf"\*|(?!(?i:https?)://\*(?::|\Z))([A-Za-z][A-Za-z0-9+.-]*)://(\*|{IPV6}|{HOST_NAME})(?::(\*|{PORT}))?"
@@ -284,14 +283,12 @@ def model_patterns(globs: str) -> Models:
 
     A name that ends in cloud, behind : or -, runs at ollama.com at the owner's cost, so its glob must end so, too.
     """
-    patterns = []
-    for glob in globs.split(","):
-        pattern = ".*" if glob == "*" else re.escape(canonical(glob) or "/").replace(r"\*", "[^/]*")
-        patterns.append(re.compile(pattern if glob.lower().endswith("cloud") else rf"(?!.*[:-]cloud\Z){pattern}"))
-    return tuple(patterns)
+    return tuple(map(_model_pattern, globs.split(",")))
 
 
-_GLOBS = "=([A-Za-z0-9_.:/@*-]+(?:,[A-Za-z0-9_.:/@*-]+)*)"
+def _model_pattern(glob: str) -> re.Pattern[str]:
+    pattern = ".*" if glob == "*" else re.escape(canonical(glob) or "/").replace(r"\*", "[^/]*")
+    return re.compile(pattern if glob.lower().endswith("cloud") else rf"(?!.*[:-]cloud\Z){pattern}")
 
 
 def per(number: str, unit: str) -> tuple[int, int]:
@@ -313,10 +310,11 @@ class Key(NamedTuple):
     digest: bytes  # SHA-256
     weak: bool
     # What the audit log calls it.  Its limits belong to the name, so that a key can be replaced.
-    name: Annotated[str, "name=NAME", "=(.+)", str]
+    name: Annotated[str, "name=NAME", r"=(\S+)", str]
     expires: Annotated[date, "expires=YYYY-MM-DD", "=([0-9]{4}-[0-9]{2}-[0-9]{2})", date.fromisoformat] = date.max
     role: Annotated[str, "role=admin|user", "=(admin|user)", str] = "admin"
-    models: Annotated[Models, "models=GLOB,GLOB", _GLOBS, model_patterns] = ()  # empty for all, like the limits below
+    # Empty means all models, and no limit in what follows.
+    models: Annotated[Models, "models=GLOB,GLOB", r"=((?a:[\w.:/@*-]+,)*(?a:[\w.:/@*-]+))", model_patterns] = ()
     rate: Annotated[tuple[int, ...], "rate=N/s|min|h|day", "=([1-9][0-9]{0,8})/(s|min|h|day)", per] = ()
     tokens: Annotated[int, "tokens=N[k|M]/day", "=([1-9][0-9]{0,11})([kM]?)/day", times] = 0
     parallel: Annotated[int, "parallel=N", "=([1-9][0-9]{0,5})", int] = 0
@@ -330,31 +328,32 @@ class Keys(dict[bytes, Key]):
     paths = False  # whether any of them may stand in a path
 
 
-_KEY_OPTIONS: Final = {name: hint.__metadata__ for name, hint in get_type_hints(Key, include_extras=True).items()
-                       if hasattr(hint, "__metadata__")}  # fmt: skip
+# The first two fields, digest and weak, are no options.
+_KEY_OPTIONS: Final = {n: kind.__metadata__ for n, kind in [*get_type_hints(Key, include_extras=True).items()][2:]}
+_KEY_HELP: Final = f"after the key, these may stand: {', '.join(form for form, _, _ in _KEY_OPTIONS.values())}"
 WELL_KNOWN: Final = {"demo-key", "demo-key-0123456789", "replace-me-with-keygen", "your-api-key-here"}
 
 
-def find_key(
-    keys: Keys, presented: Iterable[bytes], today: date, in_path: bytes = b""
-) -> tuple[Key | None, str | None]:
-    """The key that counts of those presented, and the reason if it does not admit: key (unknown), expired, trap."""
+def find_key(keys: Keys, presented: Iterable[bytes], today: date, path: bytes = b"") -> tuple[Key | None, str | None]:
+    """The key that counts of those presented, the last of them in the path, and the reason if it does not admit.
+
+    A trap comes before a valid key, which comes before an expired one; of two alike the first counts.
+    """
     known = [key for secret in presented if (key := keys.get(hashlib.sha256(secret).digest()))]
-    if in_path and (key := keys.get(hashlib.sha256(in_path).digest())) and (key.path or key.trap):
+    if path and (key := keys.get(hashlib.sha256(path).digest())) and (key.path or key.trap):
         known.append(key)
-    for key in known:
-        if key.trap:
-            return key, "trap"
-    for key in known:
-        if today <= key.expires:
-            return key, None
-    return (known[0], "expired") if known else (None, "key")
+    flaws = ["trap" if key.trap else "expired" if key.expires < today else None for key in known]
+    flaw = "trap" if "trap" in flaws else None if None in flaws else "expired" if flaws else "key"
+    return known[flaws.index(flaw)] if known else None, flaw
 
 
 def load_keys(path: str) -> Keys:
     """Read the key file; a missing file has no keys.  An OperatorError names the line, but never quotes it."""
-    keys = Keys()
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    keys, text = Keys(), ""
+    with explained(f"cannot read {path}", "it must be readable text in UTF-8"), contextlib.suppress(FileNotFoundError):
+        content = Path(path).read_bytes()  # in UTF-8, or in UTF-16 as PowerShell's `echo` writes it
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    for number, line in enumerate(text.split("\n"), 1):
         if words := re.sub(r"(^|\s)#.*", "", line).split():
             key = _parse_key(f"{path}:{number}", *words)
             if keys.setdefault(key.digest, key) is not key:
@@ -363,42 +362,27 @@ def load_keys(path: str) -> Keys:
     return keys
 
 
-def _read_text(path: str) -> str:
-    """Read a text file in UTF-8, or in UTF-16 as PowerShell's `echo` writes it; a missing file is empty."""
-    remedy = "it must be a text file in UTF-8 that the gateway may read"
-    with explained(f"cannot read {path}", remedy), contextlib.suppress(FileNotFoundError):
-        content = Path(path).read_bytes()
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    return ""
-
-
 def _parse_key(where: str, secret: str, *words: str) -> Key:
     """Parse a line's words: the key, and its options in any order."""
     options: dict[str, Any] = {}
     for word in words:
         option = word.partition("=")[0]
-        if option not in _KEY_OPTIONS or option in options:
-            forms = ", ".join(form for form, _, _ in _KEY_OPTIONS.values())
-            raise OperatorError(f"{where}: after the key, only these may stand, once each: {forms}")
-        form, pattern, convert = _KEY_OPTIONS[option]
-        with explained(f"{where}: {option} is not understood", f"it is written {form}"):
+        # A word that is no option is not quoted, since it may be a key.
+        with explained(f"{where}: {option if option in _KEY_OPTIONS else 'a word'} is not understood", _KEY_HELP):
+            _, pattern, convert = _KEY_OPTIONS[option]
             options[option] = read(pattern, convert, word[len(option) :])
-    if "trap" in options and options.keys() - {"trap", "name"}:
-        raise OperatorError(f"{where}: beside trap, only name= may stand")
+    if len(options) < len(words) or ("trap" in options and options.keys() - {"trap", "name"}):
+        raise OperatorError(f"{where}: each option may stand once, and beside trap only name=")
     hashed = secret.startswith("sha256:")
-    if hashed and not re.fullmatch("sha256:[0-9a-fA-F]{64}", secret):
-        raise OperatorError(f"{where}: behind sha256: there must be 64 hexadecimal digits")
-    digest = bytes.fromhex(secret[7:]) if hashed else hashlib.sha256(secret.encode()).digest()
+    with explained(f"{where}: the digest is not understood", "behind sha256: there must be 64 hexadecimal digits"):
+        digest = read(r"(\w{64})", bytes.fromhex, secret[7:]) if hashed else hashlib.sha256(secret.encode()).digest()
     weak = not hashed and "trap" not in options and (len(secret) < 16 or secret in WELL_KNOWN)  # it can be guessed
     return Key(digest, weak, **{"name": f"sha256:{digest.hex()[:8]}", **options})
 
 
 def key_line(*words: str) -> str:
-    """A line for the key file: a fresh key, its name if there is one, and its options, or role=user."""
-    if not all(re.fullmatch(r"[^\s-]\S*", word) for word in words):
-        raise OperatorError("keygen takes a name without blanks and options, as in: gateway.py keygen alice rate=9/min")
-    named = [f"name={words[0]}"] if words and words[0] != "trap" and "=" not in words[0] else []
-    options = [*named, *words[len(named) :]]
+    """A line for the key file: a fresh key and its options, or role=user; a word that is no option is its name."""
+    options = [f"name={word}" if re.fullmatch("(?!trap$)[^=-][^=]*", word) else word for word in words]
     if not any(option == "trap" or option.startswith("role=") for option in options):
         options.append("role=user")
     key = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(43))  # 256 bits
@@ -443,9 +427,8 @@ def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
         certificate, key = make_certificate([*dict.fromkeys(("localhost", "127.0.0.1", "::1", *here, *names))])
         if create_file(cert_key, key, 0o600):
             create_file(cert, certificate, 0o644)
-    patience = time.monotonic() + 2  # another instance may be about to make its second file
-    while os.path.lexists(cert_key) and not os.path.lexists(cert) and time.monotonic() < patience:
-        time.sleep(0.02)
+    if not os.path.lexists(cert):
+        time.sleep(2)  # another instance may be about to make it
     for there, missing in ((cert, cert_key), (cert_key, cert)):
         if not os.path.lexists(missing):
             raise OperatorError(f"{there} is there, but not {missing}; put it back, or move {there} away")
@@ -454,8 +437,7 @@ def ensure_certificate(cert: str, cert_key: str, names: Iterable[str]) -> None:
 def describe_certificate(cert: str, names: Iterable[str]) -> tuple[str, datetime, list[str]]:
     """Return the SHA-256 fingerprint, the end of validity, and those of the names that it does not cover."""
     with explained(f"cannot read the certificate in {cert}", "see that it is there, in PEM"):
-        [pem, *_] = re.findall(f"{ssl.PEM_HEADER}[^-]+{ssl.PEM_FOOTER}", Path(cert).read_text("latin-1"))
-        der = ssl.PEM_cert_to_DER_cert(pem)
+        der = base64.b64decode(Path(cert).read_bytes().partition(b"BEGIN CERTIFICATE-----")[2].partition(b"-")[0])
         # The standard library has no public function that parses a certificate from a file, so this looks for the
         # two things that are needed.  The validity is the only pair of times in it (RFC 5280, 4.1.2.5).
         expiry = re.findall(rb"(?:\x17\r|\x18\x0f)(\d{12}|\d{14})Z", der)[1].decode()
@@ -578,14 +560,10 @@ class Head(NamedTuple):
     framing: int
     method: bytes = b""
     target: bytes = b""  # begins with a slash
+    path: bytes = b""  # the target without its query
+    secret: bytes = b""  # a key that stood in the target
     status: int = 0
     reason: bytes = b""
-    secret: bytes = b""  # a key that stood in the target
-
-    @property
-    def path(self) -> bytes:
-        """The target without its query."""
-        return self.target.partition(b"?")[0]
 
 
 # These fields describe one connection only, so they are removed from requests and from answers:
@@ -594,8 +572,7 @@ class Head(NamedTuple):
 # - te, trailer and transfer-encoding belong to the framing, which the gateway chooses anew for each side (RFC 9110,
 #   6.6.2 and 10.1.4; RFC 9112, 6.1).
 # - proxy-authenticate would make the client send its password for a proxy (RFC 9110, 11.7.1).
-HOP_BY_HOP: Final = {b"connection", b"keep-alive", b"proxy-connection", b"upgrade",
-                     b"te", b"trailer", b"transfer-encoding", b"proxy-authenticate"}  # fmt: skip
+_PER_HOP = {*b"connection keep-alive proxy-connection upgrade te trailer transfer-encoding proxy-authenticate".split()}
 # These are removed from requests as well:
 # - authorization, x-api-key and proxy-authorization may hold a key of the gateway, or a password for the first proxy
 #   (RFC 9110, 11.7.2).
@@ -613,14 +590,15 @@ def _spellings(name: bytes) -> set[bytes]:
 
 
 # All spellings are computed in advance, so that each field of a request needs only one look-up.
-NOT_FORWARDED: Final = {spelling for name in HOP_BY_HOP | _REQUEST_ONLY for spelling in _spellings(name)}
+NOT_FORWARDED: Final = {spelling for name in _PER_HOP | _REQUEST_ONLY for spelling in _spellings(name)}
 IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # may be sent twice: RFC 9110, 9.2.2
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([^\x00-\x20\x7f]+) HTTP/([0-9]\.[0-9])" % _TOKEN)
 _TARGET = re.compile(rb"(?i:https?://[^/?#@]+)?(/.*)?")
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]"
-_STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-5][0-9][0-9])(?: (%b*))?" % _TEXT)
+# 101 is refused, since it changes the protocol, which nobody asked for.
+_STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) (?!101)([1-5][0-9][0-9])(?: (%b*))?" % _TEXT)
 _FIELDS = re.compile(rb"(?:(?:\A|\r\n)%b:%b*)*" % (_TOKEN, _TEXT))
 _LOCAL_PAGES = re.compile(r"https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]+)?")
 _HOST = re.compile(rb"[0-9A-Za-z._~!$&'()*+,;=:%\[\]-]+")
@@ -656,17 +634,16 @@ def parse_request(head: bytes, keys_in_paths: bool = False) -> Head:
     fields = parse_fields(lines)
     if b"host" in fields or version == b"1.1":
         require(_HOST.fullmatch(fields.get(b"host", b"")), 400, "there must be one valid Host field")
-    secret, target = key_in_path(target) if keys_in_paths else (b"", target)
-    return Head(version, fields, body_framing(fields, version), method, target, secret=secret)
+    secret, target = key_in_path(target, keys_in_paths)
+    return Head(version, fields, body_framing(fields, version), method, target, target.partition(b"?")[0], secret)
 
 
 def parse_answer(head: bytes, method: bytes) -> Head:
     """Parse the head of an answer to a request with that method.  Raises ClientError 400, 431 or 501."""
     first, _, lines = head.partition(b"\r\n")
     version, code, reason = require(_STATUS_LINE.fullmatch(first), 400, "the status line is malformed").groups()
-    require(code != b"101", 400, "it changes the protocol, which nobody asked for")
     fields, status = parse_fields(lines), int(code)
-    return Head(version, fields, body_framing(fields, version, status, method), b"", b"", status, reason or b"")
+    return Head(version, fields, body_framing(fields, version, status, method), status=status, reason=reason or b"")
 
 
 def require(found: T | None, status: int, message: str) -> T:
@@ -722,15 +699,14 @@ def body_framing(fields: Fields, version: bytes, status: int = 0, answers: bytes
 def requested(data: bytes, keys_in_paths: bool = False) -> tuple[str | None, str | None]:
     """The method and the path, without its query, as the log shows them; the request need not be valid."""
     line = _REQUEST_LINE.match(data)
-    target = _TARGET.fullmatch(line[2]) if line else None
-    path = (target and target[1]) or b"/"
-    path = (key_in_path(path)[1] if keys_in_paths else path).partition(b"?")[0]
-    return line and logged(line[1]), target and logged(path)
+    target = line and _TARGET.fullmatch(line[2])
+    path = key_in_path((target and target[1]) or b"/", keys_in_paths)[1]
+    return line and logged(line[1]), target and logged(path.partition(b"?")[0])
 
 
-def key_in_path(target: bytes) -> tuple[bytes, bytes]:
-    """Split the target /k/SECRET/rest into SECRET and /rest; without a key, the first is empty."""
-    match = re.match(rb"/k/([^/?]+)(?:/|(?=\?)|\Z)", target)
+def key_in_path(target: bytes, keys_in_paths: bool) -> tuple[bytes, bytes]:
+    """Split the target /k/SECRET/rest into SECRET and /rest, if keys may stand there; else the first is empty."""
+    match = keys_in_paths and re.match(rb"/k/([^/?]+)(?:/|(?=\?)|\Z)", target)
     return (urllib.parse.unquote_to_bytes(match[1]), b"/" + target[match.end() :]) if match else (b"", target)
 
 
@@ -766,7 +742,7 @@ def forwarded_head(request: Head, upstream: Upstream, peer: str) -> bytes:
 def answer_head(answer: Head, upstream: Upstream, added: Iterable[bytes] = ()) -> bytes:
     """The head for the client: the upstream's own lines, followed by the lines `added`."""
     # Content-Length is forbidden in 1xx and 204 answers (RFC 9110, 8.6).
-    dropped = HOP_BY_HOP | {b"content-length"} if answer.status < 200 or answer.status == 204 else HOP_BY_HOP
+    dropped = _PER_HOP | {b"content-length"} if answer.status < 200 or answer.status == 204 else _PER_HOP
     head = _head(b"HTTP/1.1 %d %b" % (answer.status, answer.reason), answer.fields, dropped, added)
     return _reachable(head, upstream) if b"location" in answer.fields else head
 
@@ -827,24 +803,21 @@ def preflight_lines(request: Head) -> list[bytes]:
     return [*lines, b"Access-Control-Allow-Headers: " + request.fields.get(b"access-control-request-headers", b"")]
 
 
-# By the rule that refused: the type and the code in OpenAI's API, and the type in Anthropic's.
-_KINDS: Final = {
-    "model": ("invalid_request_error", "model_not_found", "permission_error"),
-    "rate": ("requests", "rate_limit_exceeded", "rate_limit_error"),
-    "parallel": ("requests", "rate_limit_exceeded", "rate_limit_error"),
-    "tokens": ("insufficient_quota", "insufficient_quota", "rate_limit_error"),
-    "guard": ("invalid_request_error", "invalid_json", "invalid_request_error"),
-    "scan": ("invalid_request_error", "content_filter", "invalid_request_error"),
-}
+# The type and the code in OpenAI's API, by the status and the rule, or by the status alone; the type in Anthropic's.
+_OPENAI: Final = {
+    (400, "guard"): ("invalid_request_error", "invalid_json"), (429, None): ("requests", "rate_limit_exceeded"),
+    (400, "scan"): ("invalid_request_error", "content_filter"), (403, None): ("permission_error", "permission_denied"),
+    (403, "model"): ("invalid_request_error", "model_not_found"), (429, "tokens"): ("insufficient_quota",) * 2,
+}  # fmt: skip
+_ANTHROPIC: Final = {403: "permission_error", 413: "request_too_large", 429: "rate_limit_error"}
 
 
 def error_body(path: str, status: int, message: str, rule: str | None = None) -> bytes:
     """An error in the JSON of the API that the path belongs to: Anthropic's, OpenAI's, or else Ollama's."""
-    kind = {403: "permission_error"}.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    usual = kind, "permission_denied" if status == 403 else None, "request_too_large" if status == 413 else kind
-    openai_kind, code, anthropic_kind = _KINDS.get(rule or "", usual) if status != 415 else usual
-    anthropic = {"type": "error", "error": {"type": anthropic_kind, "message": message}}
-    openai = {"error": {"message": message, "type": openai_kind, "code": code}}
+    usual = "api_error" if status >= 500 else "invalid_request_error"
+    anthropic = {"type": "error", "error": {"type": _ANTHROPIC.get(status, usual), "message": message}}
+    kind, code = _OPENAI.get((status, rule)) or _OPENAI.get((status, None)) or (usual, None)
+    openai = {"error": {"message": message, "type": kind, "code": code}}
     apis = {"/v1/messages": anthropic, "/v1/": openai, "": {"error": message}}
     return json.dumps(next(body for prefix, body in apis.items() if path.startswith(prefix))).encode()
 
@@ -896,9 +869,8 @@ class BodyReader:
 
     def framed(self, content: bytes) -> bytes:
         """The content that feed() returned last, as the other side gets it."""
-        if not self.chunked:
-            return content
-        return chunk(content) + (last_chunk(self.trailers) if self.done else b"")
+        end = last_chunk(self.trailers) if self.chunked and self.done else b""
+        return (chunk(content) if self.chunked else content) + end
 
     def feed(self, data: bytes) -> bytes:
         """Return the content in the connection's next bytes.  Raises ClientError 400 or 431."""
@@ -2648,74 +2620,58 @@ class StatusServer(_Reporting, socketserver.TCPServer):
 # --- Demo ---
 # With --demo, requests are forwarded to this server, which answers in the formats of Ollama without any model.
 
-DEMO_MODEL: Final = "demo:latest"
 DEMO_TEXT: Final = "This is the gateway's built-in demo, not a model. TLS, your key and the audit log are real."
 DEMO_WORDS: Final = re.findall(r"\S+\s*", DEMO_TEXT)
 DEMO_PACE: Final = 0.03  # seconds per word
 DEMO_KEPT: Final = 256 * 1024  # bytes of a request's body that are kept; a longer body is not valid JSON any more
+_MODEL: Final = {"name": "demo:latest", "model": "demo:latest", "size": 0, "digest": "", "details": {},
+                 "id": "demo:latest", "object": "model", "created": 0, "owned_by": "demo"}  # fmt: skip
+_MODELS: Final = {"models": [_MODEL], "object": "list", "data": [_MODEL]}  # for Ollama's API and OpenAI's, as llama.cpp
+# What it answers on which path, whatever the method; None where that is DEMO_TEXT.
+DEMO_ANSWERS: Final = {"/api/version": {"version": f"{__version__}-demo"}, "/api/tags": _MODELS, "/v1/models": _MODELS,
+                       "/api/chat": None, "/api/generate": None, "/v1/chat/completions": None}  # fmt: skip
 
 
 class DemoUpstream(socketserver.StreamRequestHandler):
-    """Stands in for Ollama, as far as demo_answer() goes.  It answers one request and closes the connection."""
+    """Stands in for Ollama, as far as DEMO_ANSWERS goes.  It answers one request and closes the connection."""
 
     disable_nagle_algorithm = True
 
     def handle(self) -> None:
         """Read the question, and send the answer at a reading pace, making each piece only when its turn has come."""
         request = parse_request(b"\r\n".join(iter(lambda: self.rfile.readline().rstrip(), b"")))
-        body, content = BodyReader(request.framing), bytearray()
+        body, content, path = BodyReader(request.framing), bytearray(), request.path.decode()
         while not body.done and (data := self.rfile.read1(READ_SIZE)):
             content += body.feed(data)[: DEMO_KEPT - len(content)]
-        asked = {"model": "demo", "stream": request.target.startswith(b"/api/"), **_object(_parsed(bytes(content)))}
-        content_type, pieces = demo_answer(f"{request.method.decode()} {request.target.decode()}", asked)
-        first = f"HTTP/1.1 {'200 OK' if pieces else '404 Not Found'}\r\nServer: gateway-demo/{__version__}"
-        self.wfile.write(f"{first}\r\nContent-Type: {content_type}\r\nConnection: close\r\n\r\n".encode())
-        for piece in pieces or [demo_line({"error": "this is not in the demo"})]:
-            self.wfile.write(piece)
+        asked = {"model": "demo", "stream": path in ("/api/chat", "/api/generate"), **_object(_parsed(bytes(content)))}
+        answer = DEMO_ANSWERS.get(path, {"error": "this is not in the demo"})
+        events = asked["stream"] and path.startswith("/v1/")
+        kind = "text/event-stream" if events else "application/x-ndjson" if asked["stream"] else "application/json"
+        first = f"HTTP/1.1 {'200 OK' if path in DEMO_ANSWERS else '404 Not Found'}\r\nConnection: close"
+        self.wfile.write(f"{first}\r\nServer: gateway-demo/{__version__}\r\nContent-Type: {kind}\r\n\r\n".encode())
+        for document in [answer] if answer else demo_texts(path, asked):
+            self.wfile.write((b"data: %b\n\n" if events else b"%b\n") % json.dumps(document).encode())
             time.sleep(DEMO_PACE)
+        self.wfile.write(b"data: [DONE]\n\n" if events else b"")
 
 
-def demo_answer(request: str, asked: dict[str, Any]) -> tuple[str, Iterable[bytes] | None]:
-    """Return the answer's Content-Type and its pieces, or None in their place if the demo has no such request."""
-    words = len(re.findall(rb"\w+", demo_line(asked.get("prompt") or asked.get("messages") or "")))
-    said = [*((word, None) for word in DEMO_WORDS), ("", "stop")] if asked["stream"] else [(DEMO_TEXT, "stop")]
-    if request == "POST /v1/chat/completions":
-        return "text/event-stream" if asked["stream"] else "application/json", demo_openai(asked, words, said)
-    if request in ("POST /api/chat", "POST /api/generate"):
-        return "application/x-ndjson", demo_ollama(asked, words, said, chat=request == "POST /api/chat")
-    model = {"name": DEMO_MODEL, "model": DEMO_MODEL, "size": 0, "digest": "", "details": {}}
-    openai_model = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "demo"}
-    known = {"GET /api/version": {"version": f"{__version__}-demo"}, "GET /api/tags": {"models": [model]},
-             "GET /v1/models": {"object": "list", "data": [openai_model]}}  # fmt: skip
-    return "application/json", [demo_line(known[request])] if request in known else None
-
-
-def demo_ollama(asked: dict[str, Any], words: int, said: Iterable[tuple[str, Any]], chat: bool) -> Iterator[bytes]:
-    """Make the answer of /api/chat and /api/generate: a line of JSON for each piece of text."""
-    end = {"done": True, "done_reason": "stop", "prompt_eval_count": words, "eval_count": len(DEMO_WORDS)}
-    for text, reason in said:
-        now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
-        part = {"message": {"role": "assistant", "content": text}} if chat else {"response": text}
-        yield demo_line({"model": asked["model"], "created_at": now, **part, **(end if reason else {"done": False})})
-
-
-def demo_openai(asked: dict[str, Any], words: int, said: Iterable[tuple[str, Any]]) -> list[bytes]:
-    """Make the answer of /v1/chat/completions: an event for each piece of text, or one JSON document."""
+def demo_texts(path: str, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """DEMO_TEXT in Ollama's or OpenAI's form, word by word if it is to be streamed; the counts come at the end."""
+    words = len(re.findall(r"\w+", json.dumps(asked.get("prompt") or asked.get("messages") or "")))
     usage = {"prompt_tokens": words, "completion_tokens": len(DEMO_WORDS), "total_tokens": words + len(DEMO_WORDS)}
+    end = {"done": True, "done_reason": "stop", "prompt_eval_count": words, "eval_count": len(DEMO_WORDS)}
     kind, part = ("chat.completion.chunk", "delta") if asked["stream"] else ("chat.completion", "message")
-    head = {"id": "demo", "object": kind, "created": int(time.time()), "model": asked["model"]}
-    choices = [{"index": 0, part: {"role": "assistant", "content": text}, "finish_reason": why} for text, why in said]
-    if not asked["stream"]:
-        return [demo_line({**head, "choices": choices, "usage": usage})]
-    events = [{**head, "choices": [choice]} for choice in choices]
-    if asked.get("stream_options") == {"include_usage": True}:
-        events.append({**head, "choices": [], "usage": usage})
-    return [b"data: %b\n" % line for line in [*map(demo_line, events), b"[DONE]\n"]]
-
-
-def demo_line(value: Any) -> bytes:
-    """Encode the value as a line of JSON."""
-    return json.dumps(value).encode() + b"\n"
+    said = [*((word, None) for word in DEMO_WORDS), ("", "stop")] if asked["stream"] else [(DEMO_TEXT, "stop")]
+    for text, reason in said:
+        now, message = datetime.now(timezone.utc), {"role": "assistant", "content": text}
+        if path.startswith("/v1/"):
+            choices = [{"index": 0, part: message, "finish_reason": reason}]
+            head = {"id": "demo", "object": kind, "created": int(now.timestamp()), "model": asked["model"]}
+            yield {**head, "choices": choices, "usage": usage if reason else None}
+        else:
+            head = {"model": asked["model"], "created_at": now.isoformat().replace("+00:00", "Z")}
+            content = {"message": message} if path == "/api/chat" else {"response": text}
+            yield {**head, **content, **(end if reason else {"done": False})}
 
 
 def start_demo() -> Upstream:
