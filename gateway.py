@@ -2582,27 +2582,20 @@ class StatusServer(_Reporting, socketserver.TCPServer):
         request.sendall(f"{head}{text}\n".encode(errors="replace"))  # JSON's "\\ud800" in a model's name is no text
 
     def _answer(self, path: bytes) -> tuple[str, str]:
-        """The status and the text for a path."""
-        if path == b"/healthz":
-            return "200 OK", "ok"
+        """The status and the text for a path; not being ready means that requests should go to another replica."""
+        gateway, reason = self.gateway, ""
+        if path == b"/metrics" and gateway.metrics:
+            return "200 OK", "\n".join(gateway.metrics.lines(self._now()))
+        if path not in (b"/healthz", b"/readyz"):
+            return "404 Not Found", "there is /healthz, /readyz and /metrics"
         if path == b"/readyz":
-            reason = self._not_ready()
-            return ("503 Service Unavailable", reason) if reason else ("200 OK", "ok")
-        if path == b"/metrics" and self.gateway.metrics:
-            return "200 OK", "\n".join(self.gateway.metrics.lines(self._now()))
-        return "404 Not Found", "there is /healthz, /readyz and /metrics"
-
-    def _not_ready(self) -> str:
-        """Why requests should go to another replica, if they should."""
-        if self.gateway.watchman.leaving:
-            return "the gateway is stopping"
-        if not is_writable(self.gateway.log):
-            return "the audit log cannot be written"
-        try:
-            self.gateway.pool.connect().close(reset=True)
-        except UpstreamError as error:
-            return str(error)
-        return ""
+            try:
+                gateway.pool.connect().close(reset=True)
+            except UpstreamError as error:
+                reason = str(error)
+            reason = reason if is_writable(gateway.log) else "the audit log cannot be written"
+            reason = "the gateway is stopping" if gateway.watchman.leaving else reason
+        return ("503 Service Unavailable", reason) if reason else ("200 OK", "ok")
 
     def _now(self) -> dict[str, float]:
         """The samples that are not counted."""
