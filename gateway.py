@@ -2758,11 +2758,12 @@ def check_upstream(settings: Settings) -> Findings:
     except UpstreamError as error:
         yield "error", str(error)
         return
-    with contextlib.suppress(OSError), wire.sock as sock:  # which still has the time-out for connecting
+    with contextlib.suppress(OSError, http.client.HTTPException), wire.sock as sock:  # with the time-out for connecting
         sock.sendall(f"GET {upstream.prefix}/api/version HTTP/1.0\r\nHost: {upstream.authority}\r\n\r\n".encode())
-        while len(answer) < MAX_HEAD and (data := sock.recv(READ_SIZE)):
-            answer += data
-    version = str(_object(_parsed(answer.partition(b"\r\n\r\n")[2])).get("version", ""))[:MAX_LOGGED]
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        answer = response.read(MAX_HEAD)
+    version = str(_object(_parsed(answer)).get("version", ""))[:MAX_LOGGED]
     yield "ok", f"the upstream at {upstream.authority} answers{f', it is Ollama {version}' if version else ''}"
     if version and tuple(map(int, re.findall("[0-9]+", version)[:3])) < (0, 17, 1):
         yield "warning", f"Ollama {version} has known holes; update it to 0.17.1 or newer"
