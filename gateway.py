@@ -942,15 +942,13 @@ def check_way(request: Head, models: Models) -> None:
     """Refuse a request that could name a model past the check of its body: by its coding, path, query or form."""
     path, fields, query = request.path, request.fields, request.target.partition(b"?")[2]
     if _is_coded(fields):  # the answer says what is possible: RFC 9110, 12.5.3
-        raise ClientError(
-            415, "a Content-Encoding is not accepted with this key", "guard", b"Accept-Encoding: identity"
-        )
-    unclear = re.search(rb"//|;|\\|/\.\.?(?:/|\Z)", path) or (b"%" in path and not path.startswith(b"/v1/models/"))
-    if path.startswith(b"/v1/models/") and not unclear:
-        unclear = not may_use(models, _model_in_path(path))
+        raise ClientError(415, "this key may use no Content-Encoding", "guard", b"Accept-Encoding: identity")
+    plain = not re.search(rb"[%;\\]|//|/\.\.?(?:/|\Z)", path)
+    if path.startswith(b"/v1/models/"):  # where a name may be encoded
+        plain = may_use(models, _model_in_path(path))
     query = query.replace(b";", b"&")  # some servers take it for one
     names = [name.strip().casefold() for name, _ in urllib.parse.parse_qsl(query.decode("latin-1"), True)]
-    if unclear or _is_form(fields) or "model" in names:
+    if not plain or _is_form(fields) or "model" in names:
         raise ClientError(403, "this key may use some models only, and must name them plainly", "model")
 
 
@@ -1041,12 +1039,11 @@ _lenient = json.JSONDecoder(object_pairs_hook=_all_members, parse_int=float, str
 def prompt_of(body: bytes, scan: str) -> Any:
     """What a body says, for the scan; None if it is no JSON.  ClientError 400 if --scan block cannot look at it."""
     try:
-        return _lenient(body.decode(errors="replace").lstrip())[0]
+        with contextlib.suppress(ValueError):
+            return _lenient(body.decode(errors="replace").lstrip())[0]
     except RecursionError:
         if scan == "block":
             raise ClientError(400, "the prompt is nested too deeply to be looked at", "scan") from None
-    except ValueError:
-        pass
     return None
 
 
@@ -1083,12 +1080,13 @@ _PATTERNS: Final = {name: re.compile(regex) for name, regex in {
 # fmt: on
 
 
-def find_secrets(
-    value: Any, known: Container[bytes], pause: Callable[[], object] = functools.partial(time.sleep, 0)
-) -> list[str]:
+_PAUSE: Final = functools.partial(time.sleep, 0)  # lets other threads run
+
+
+def find_secrets(value: Any, known: Container[bytes], pause: Callable[[], object] = _PAUSE) -> list[str]:
     """Name the patterns that occur in the strings of a JSON value.
 
-    `known` holds the digests of the gateway's own keys.  Every few milliseconds, pause() lets other threads run.
+    `known` holds the digests of the gateway's own keys.  pause() is called every few milliseconds.
     """
     checks = {**_CHECKS, "gateway-key": lambda word: hashlib.sha256(word).digest() in known}
     found: set[str] = set()
@@ -1458,11 +1456,8 @@ def log_news(log: LogFile) -> list[str]:
             log.file.close()
             log.file = None
     before, log.whole = log.whole, append_line(log)
-    if log.whole != before:
-        news.append(
-            "the audit log is whole again" if log.whole else f"cannot write to {log.path}: nothing is forwarded"
-        )
-    return news
+    state = "the audit log is whole again" if log.whole else f"cannot write to {log.path}: nothing is forwarded"
+    return [*news, state] if log.whole != before else news
 
 
 def charged_on(path: str, day: date) -> Counter[str]:
