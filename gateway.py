@@ -2797,6 +2797,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:  # Ctrl+C before serve() handles signals
         return 130
+    except BrokenPipeError:  # as in `usage | head`; what is left would fail at the end of the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except Exception as error:  # caught whatever it is, because a traceback might show an API key
         say(f"gateway: {error}" if isinstance(error, OperatorError) else fault(error))
         return 2 if type(error) is OperatorError else 1

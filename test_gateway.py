@@ -3864,6 +3864,20 @@ def test_a_wrong_question_about_usage_is_told(flags: list[str], said: str, tmp_p
     assert len(found.stderr.splitlines()) == 1
 
 
+def test_a_report_may_be_left_before_its_end(tmp_path: Path) -> None:
+    line = usage_log(tmp_path).read_text().splitlines()[0]
+    lines = (json.dumps({**json.loads(line), "model": f"model-{number}"}) for number in range(5_000))
+    (tmp_path / "gateway.log").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, str(HERE / "gateway.py"), "usage", "--by", "model"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline().startswith(b"model")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(PATIENCE) == 0
+
+
 @measures
 def test_usage_is_fast_and_takes_constant_memory(tmp_path: Path) -> None:
     line = usage_log(tmp_path).read_bytes().splitlines()[0] + b"\n"
