@@ -4671,6 +4671,7 @@ def test_one_replica_that_is_drained_and_one_that_is_killed_break_only_their_str
         assert running[1] < 9  # or all would break
         three.replicas[0].process.send_signal(signal.SIGTERM)
         three.replicas[1].process.kill()
+        three.replicas[1].process.wait(PATIENCE)  # until then, the system accepts connections in its name
         assert [three.ask(frontend, f"key-{number}", "/api/tags", "GET") for number in range(9)] == [200] * 9
         released.set()
         ended = [everything(reader).endswith(b"0\r\n\r\n") for reader in readers]
