@@ -2438,11 +2438,11 @@ class Handler(socketserver.BaseRequestHandler):
             value = parse_strictly(content, request) if key.models else prompt_of(content, scan)
             members = {name.casefold(): each for name, each in _object(value).items()}
             record["model"] = model = model_among(members, request.target)
-            if key.models:
-                check_names(_object(value), request, key.models)
-            if scanned:
+            if scanned:  # before the names are checked, since the log also names a model that is refused
                 record["flags"] = find_secrets(value, known)
                 record["model"] = None if find_secrets(model, known) else model
+            if key.models:
+                check_names(_object(value), request, key.models)
         if record["flags"] and scan == "block":
             raise ClientError(400, f"the prompt holds what looks like a secret: {', '.join(record['flags'])}", "scan")
 

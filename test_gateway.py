@@ -3702,6 +3702,16 @@ def test_prompts_are_scanned(mode: str, start: Callable[..., RunningGateway], up
     assert gate.log(10)[9]["model"] is None
 
 
+@pytest.mark.parametrize("mode", ["flag", "block"])
+def test_a_secret_in_the_name_of_a_refused_model_is_not_logged(mode: str, start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
+    gate = start("--scan", mode, keys="key-two models=llama3.2\n")
+    assert gate.ask("/api/chat", json.dumps({"model": SECRET}).encode(), key="key-two").status == 403
+    [line] = gate.log(1)
+    assert (line["refused"], line["model"], line["flags"]) == ("model", None, ["github"])
+    assert SECRET not in (gate.folder / "gateway.log").read_text() + gate.stderr
+    assert not upstream.received
+
+
 # --- The chain of the audit log ---
 
 
