@@ -572,7 +572,8 @@ class Head(NamedTuple):
 # - te, trailer and transfer-encoding belong to the framing, which the gateway chooses anew for each side (RFC 9110,
 #   6.6.2 and 10.1.4; RFC 9112, 6.1).
 # - proxy-authenticate would make the client send its password for a proxy (RFC 9110, 11.7.1).
-_PER_HOP = {*b"connection keep-alive proxy-connection upgrade te trailer transfer-encoding proxy-authenticate".split()}
+HOP_BY_HOP: Final = {b"connection", b"keep-alive", b"proxy-connection", b"upgrade", b"te", b"trailer",
+                     b"transfer-encoding", b"proxy-authenticate"}  # fmt: skip
 # These are removed from requests as well:
 # - authorization, x-api-key and proxy-authorization may hold a key of the gateway, or a password for the first proxy
 #   (RFC 9110, 11.7.2).
@@ -590,7 +591,7 @@ def _spellings(name: bytes) -> set[bytes]:
 
 
 # All spellings are computed in advance, so that each field of a request needs only one look-up.
-NOT_FORWARDED: Final = {spelling for name in _PER_HOP | _REQUEST_ONLY for spelling in _spellings(name)}
+NOT_FORWARDED: Final = {spelling for name in HOP_BY_HOP | _REQUEST_ONLY for spelling in _spellings(name)}
 IDEMPOTENT: Final = {b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"}  # may be sent twice: RFC 9110, 9.2.2
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -742,7 +743,7 @@ def forwarded_head(request: Head, upstream: Upstream, peer: str) -> bytes:
 def answer_head(answer: Head, upstream: Upstream, added: Iterable[bytes] = ()) -> bytes:
     """The head for the client: the upstream's own lines, followed by the lines `added`."""
     # Content-Length is forbidden in 1xx and 204 answers (RFC 9110, 8.6).
-    dropped = _PER_HOP | {b"content-length"} if answer.status < 200 or answer.status == 204 else _PER_HOP
+    dropped = HOP_BY_HOP | {b"content-length"} if answer.status < 200 or answer.status == 204 else HOP_BY_HOP
     head = _head(b"HTTP/1.1 %d %b" % (answer.status, answer.reason), answer.fields, dropped, added)
     return _reachable(head, upstream) if b"location" in answer.fields else head
 
@@ -1255,10 +1256,10 @@ class Meter(Excerpt):
         self.events, self._end = self.events + len(re.findall(rb"[^\n]\n\n", text)), text[-2:]
 
 
-def estimate(content_type: bytes, sent: Excerpt, received: Excerpt) -> int:
+def estimate(answer: Fields, sent: Excerpt, received: Excerpt) -> int:
     """The tokens of a request and its answer, where the answer does not say: four bytes each, or one for each event."""
     events = {b"text/event-stream": received.events, b"application/x-ndjson": received.lines}
-    kind = content_type.partition(b";")[0].strip().lower()
+    kind = answer.get(b"content-type", b"").partition(b";")[0].strip().lower()
     return min(sent.size // 4, 32_768) + events.get(kind, received.size // 4)
 
 
@@ -1547,8 +1548,7 @@ def sum_up(paths: Iterable[str], since: str, until: str, progress: Callable[[str
                 if not status or not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", day):
                     others += 1
                 elif since <= day <= until:
-                    # repr() escapes what could control a terminal.
-                    group = (day, *(repr(str(record.get(name) or "-"))[1:-1] for name in DIMENSIONS[1:]))
+                    group = (day, *(_shown(record.get(name)) for name in DIMENSIONS[1:]))
                     refused = record.get("refused") is not None or (record.get("key") is None and status == 403)
                     tokens = (counts.get(name, 0) for name in ("prompt_tokens", "response_tokens", "charged"))
                     numbers = (1, refused, status >= 500 and not refused, *tokens)
@@ -1556,6 +1556,12 @@ def sum_up(paths: Iterable[str], since: str, until: str, progress: Callable[[str
                 if number % 100_000 == 0:
                     progress(f"{path}: {number:,} lines")
     return sums, others
+
+
+def _shown(name: Any) -> str:
+    """A name, with what could control a terminal escaped."""
+    text = str(name or "-")
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def usage_report(sums: Sums, by: Sequence[str], limits: dict[str, int]) -> Iterator[list[Any]]:
@@ -1626,7 +1632,7 @@ MAX_MODELS: Final = 50  # names of models that are told apart, since each is a s
 class Metrics:
     """What was counted since the start.
 
-    A request only leaves its record, and the thread that keeps house counts many at once, which costs a quarter of
+    A request only leaves its record, and the thread that keeps house counts many at once, which costs less than
     counting each where it ends.
     """
 
@@ -2060,8 +2066,9 @@ class Exchange:
             content += self.body.feed(data)
             self._client.ahead = self.body.rest
             data = b"" if self.body.done else self._receive()
-        self._part, self.sent.size = self.body.framed(bytes(content)), len(content)
-        return bytes(content)
+        whole, self.sent.size = bytes(content), len(content)
+        self._part = self.body.framed(whole)
+        return whole
 
     def begin(self, head: bytes) -> None:
         """Send the head, and what there is of the body.  Raises UpstreamError 502."""
@@ -2161,7 +2168,7 @@ class Exchange:
 
     def _receive(self, *upstream: Wire) -> bytes:
         """The next bytes of the body; none if the upstream can be read first, or if something woke us for nothing."""
-        client, data = self._client, None
+        client = self._client
         with client.until(client, self._deadline, lambda: ClientError(408, "the request's body came too slowly")):
             data = client.receive_now()
             if data is None:
@@ -2371,7 +2378,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.record["key"], self.record["charged"] = key.name, 0 if key.tokens else None
         if flaw == "trap":
             with self.wire.until(self.wire, sys.maxsize):  # nobody waits while the terminal does not take the line
-                self.gateway.report(f"the trap key {self.record['key']} was used from {self.peer}")
+                self.gateway.report(f"the trap key {self.record['key']} was used from {self.record['client']}")
         if flaw or not key:
             raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY", flaw)
         if not is_writable(self.gateway.log):
@@ -2426,8 +2433,8 @@ class Handler(socketserver.BaseRequestHandler):
         scan = self.settings.scan
         if key.models:
             check_way(request, key.models)
-        if key.models and request.path in LISTS:
-            request.fields.drop(b"accept-encoding", b"range")  # or the list could not be read
+            if request.path in LISTS:
+                request.fields.drop(b"accept-encoding", b"range")  # or the list could not be read
         scanned = scan != "off" and asks_a_model(request) and may_be_scanned(request.fields, scan)
         if not (key.models or scanned):
             return
@@ -2437,10 +2444,11 @@ class Handler(socketserver.BaseRequestHandler):
         with self.wire.until(self.wire, sys.maxsize):  # this does not block, but takes so long that others have a turn
             value = parse_strictly(content, request) if key.models else prompt_of(content, scan)
             members = {name.casefold(): each for name, each in _object(value).items()}
-            record["model"] = model = model_among(members, request.target)
+            record["model"] = model_among(members, request.target)
             if scanned:  # before the names are checked, since the log also names a model that is refused
                 record["flags"] = find_secrets(value, known)
-                record["model"] = None if find_secrets(model, known) else model
+                if find_secrets(members.get("model"), known):  # all of it, since a part of a secret would not be found
+                    record["model"] = None
             if key.models:
                 check_names(_object(value), request, key.models)
         if record["flags"] and scan == "block":
@@ -2481,8 +2489,8 @@ class Handler(socketserver.BaseRequestHandler):
             record["model"] = model_name(request.target, request.fields.get(b"content-type", b""), exchange.sent)
         record["prompt_tokens"], record["response_tokens"] = counts = token_counts(exchange.received)
         if key.tokens:
-            fields = answer.fields if answer and answer.status == 200 and asks_a_model(request) else None
-            estimated = estimate(fields.get(b"content-type", b""), exchange.sent, exchange.received) if fields else 0
+            served = answer if answer and answer.status == 200 and asks_a_model(request) else None
+            estimated = estimate(served.fields, exchange.sent, exchange.received) if served else 0
             record["charged"] = sum(filter(None, counts)) or estimated
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -2508,8 +2516,18 @@ class Handler(socketserver.BaseRequestHandler):
 # most --max-connections at a time; the others wait.
 
 
-class _Reporting:
+class _Listener(socketserver.TCPServer):
+    """What both servers do where something fails."""
+
     gateway: Gateway
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; pause where descriptors are short, since the accept loop would spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            time.sleep(0.1 if error.errno in NO_ROOM else 0)
+            raise
 
     def handle_error(self, _request: Any, _address: Any) -> None:
         """Report a bug in one line, but no errors that a client causes on its connection."""
@@ -2517,7 +2535,7 @@ class _Reporting:
             self.gateway.report(fault(error))
 
 
-class Server(_Reporting, http.server.ThreadingHTTPServer):
+class Server(_Listener, http.server.ThreadingHTTPServer):
     """Accepts, encrypts, counts and drains connections."""
 
     def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], with_relay: bool = True) -> None:
@@ -2530,14 +2548,6 @@ class Server(_Reporting, http.server.ThreadingHTTPServer):
         self.socket.close()  # it is for IPv4 only, and binding it would ask the name service for our name
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         self.socket = socket.create_server((host.strip("[]"), port), family=family, backlog=1024, dualstack_ipv6=both)
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; pause where descriptors are short, since the accept loop would spin."""
-        try:
-            return super().get_request()
-        except OSError as error:
-            time.sleep(0.1 if error.errno in NO_ROOM else 0)
-            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give the connection a thread, once there is a place for it."""
@@ -2571,7 +2581,7 @@ class Server(_Reporting, http.server.ThreadingHTTPServer):
             self.gateway.watchman.end_all()
 
 
-class StatusServer(_Reporting, socketserver.TCPServer):
+class StatusServer(_Listener):
     """Tells probes and Prometheus how the gateway does, one after the other."""
 
     allow_reuse_address = os.name != "nt"  # there it would let two servers share the port
@@ -2733,8 +2743,10 @@ def check_certificate(settings: Settings) -> Findings:
 
 
 def _readable_by_others(path: str) -> Findings:
-    if os.name == "posix" and os.stat(path).st_mode & 0o077:
-        yield "warning", f"others may read {path}; run: chmod 600 {path}"
+    with explained(f"cannot read {path}", "see that it is there"):
+        mode = os.stat(path).st_mode
+    if os.name == "posix" and mode & 0o077:
+        yield "warning", f"others than its owner may read {path}; run: chmod 600 {path}"
 
 
 def check_log(settings: Settings) -> Findings:
@@ -2743,7 +2755,7 @@ def check_log(settings: Settings) -> Findings:
     if settings.log == "-" or os.access(place, os.W_OK):
         yield "ok", f"the audit log can be written to {settings.log}"
     else:
-        yield "error", f"the audit log cannot be written, since {place} may not; choose another --log"
+        yield "error", f"the audit log cannot be written: {place} may not be; choose another --log"
 
 
 def check_port(settings: Settings) -> Findings:
@@ -2771,7 +2783,8 @@ def check_upstream(settings: Settings) -> Findings:
         response = http.client.HTTPResponse(sock)
         response.begin()
         answer = response.read(MAX_HEAD)
-    version = str(_object(_parsed(answer)).get("version", ""))[:MAX_LOGGED]
+    told = str(_object(_parsed(answer)).get("version", ""))
+    version = told if re.fullmatch(r"[0-9][0-9A-Za-z.+-]{,40}", told) else ""
     yield "ok", f"the upstream at {upstream.authority} answers{f', it is Ollama {version}' if version else ''}"
     if version and tuple(map(int, re.findall("[0-9]+", version)[:3])) < (0, 17, 1):
         yield "warning", f"Ollama {version} has known holes; update it to 0.17.1 or newer"
@@ -2833,12 +2846,12 @@ def check(argv: Sequence[str]) -> Iterator[str]:
 
 def verify(argv: Sequence[str]) -> Iterator[str]:
     """Check an audit log: what is to be told, or an error if a line was changed."""
-    parser = _Parser(prog="gateway verify-log")
+    parser = _Parser("verify-log")
     parser.add_argument("files", metavar="FILE", nargs="+", help="the log, its rotated parts first, oldest first")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--head", metavar="HASH", help="a digest that the gateway told; it must be that of a line")
     which.add_argument("--each", action="store_true", help="each file is the log of another gateway")
-    given = parser.parse_args(argv)
+    given = parser.parse(argv)
     if not given.each:
         return verify_log(given.files, given.head)
     return (f"{file}: {told}" for file in given.files for told in verify_log([file], None))
@@ -2848,14 +2861,15 @@ def report_usage(argv: Sequence[str]) -> Iterator[str]:
     """Report who used what.  The variables GATEWAY_LOG and GATEWAY_KEYS say where the gateway's files are."""
     import csv  # noqa: PLC0415 - is needed here only
 
-    settings, parser = parse_arguments([]), _Parser(prog="gateway usage")
+    settings, parser = parse_arguments([]), _Parser("usage")
     parser.add_argument("files", metavar="FILE", nargs="*", default=[settings.log], help="audit logs, also .gz ones")
     parser.add_argument("--by", type=dimensions, default="day,key", help=f"group by {', '.join(DIMENSIONS)} [day,key]")
     parser.add_argument("--since", type=date.fromisoformat, default=date.min, help="the first day, as YYYY-MM-DD (UTC)")
     parser.add_argument("--until", type=date.fromisoformat, default=date.max, help="the last day, which is included")
+    forms = parser.add_mutually_exclusive_group()
     for form in ("json", "csv", "html"):
-        parser.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
-    given = parser.parse_args(argv)
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
+    given = parser.parse(argv)
     limits = {key.name: key.tokens for key in load_keys(settings.keys).values() if key.tokens}
     sums, others = sum_up(given.files, str(given.since), str(given.until), say if os.isatty(2) else len)
     if others:
@@ -2936,8 +2950,9 @@ def daily_news(gateway: Gateway) -> Iterator[str]:
 def keep_house(server: Server) -> int:
     """While other threads serve, follow the files and close idle connections.  Returns the exit status at the end."""
     gateway, context, day = server.gateway, server.context, datetime.now(timezone.utc).date()
+    notice = NOTICE if gateway.settings.status else 0  # in which requests still come, and keys may still be revoked
     try:
-        while not gateway.watchman.leaving:
+        while not gateway.watchman.leaving or (notice := notice - TICK) > 0:
             before, day = day, datetime.now(timezone.utc).date()
             midnight = daily_news(gateway) if day != before else []
             for news in filter(None, (gateway.keys.refresh(), context.refresh(), *log_news(gateway.log), *midnight)):
@@ -2950,7 +2965,6 @@ def keep_house(server: Server) -> int:
     except Exception as error:
         abandon(server, error)
     notify("STOPPING=1")
-    time.sleep(NOTICE if gateway.settings.status else 0)
     gateway.watchman.stopping = True
     server.shutdown()
     server.server_close()
@@ -3035,19 +3049,16 @@ OPTIONS: Final = [("--" + name.replace("_", "-"), *hint.__metadata__) for name, 
 
 def parse_arguments(argv: Sequence[str]) -> Settings:
     """Read all options.  A flag takes precedence over its environment variable, and that one over the default."""
-    parser = _Parser(prog="gateway", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False,
-                     epilog="Also: keygen [NAME] [OPTION...], check, usage [FILE...], verify-log FILE...")  # fmt: skip
+    parser = _Parser("", (__doc__ or "").partition("\n")[0])
+    parser.epilog = "Also: keygen [NAME] [OPTION...], check, usage [FILE...], verify-log FILE..."
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
     for flag, what, _, default, about in OPTIONS:
         variable = "GATEWAY_" + flag[2:].replace("-", "_").upper()
         how: Any = {"action": "append", "metavar": what} if what else {"action": "append_const", "const": "yes"}
         note = f"{about} [{variable}; {f'default {default}' if default else 'repeatable'}]"
         parser.add_argument(flag, dest=variable, help=note, **how)
-    flags, unknown = parser.parse_known_args(argv)
-    if unknown:  # only the name of the first one is shown, since what follows may be an API key
-        raise OperatorError(f"there is no argument {unknown[0].partition('=')[0]}; see --help")
     values: list[Any] = []
-    for (flag, what, read, default, about), (variable, given) in zip(OPTIONS, vars(flags).items()):
+    for (flag, what, read, default, about), (variable, given) in zip(OPTIONS, vars(parser.parse(argv)).items()):
         text = os.environ.get(variable, "").strip()
         texts = given or ([text or default] if default else re.findall(r"[^,\s]+", text))
         with explained(f"{flag if given else variable} is not understood", f"it takes {what or 'yes or no'}: {about}"):
@@ -3056,9 +3067,21 @@ def parse_arguments(argv: Sequence[str]) -> Settings:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, and never quotes what follows the name of an argument, since it may be a key."""
+
+    def __init__(self, command: str, about: str = "") -> None:
+        super().__init__(prog=f"gateway {command}".rstrip(), description=about, allow_abbrev=False)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all arguments.  Raises OperatorError."""
+        given, unknown = self.parse_known_args(argv)
+        if unknown:
+            raise OperatorError(f"there is no argument {unknown[0].partition('=')[0]}; see --help")
+        return given
+
     def error(self, message: str) -> NoReturn:
-        """Report a mistake in one line, like all other errors.  The base class would print the usage as well."""
-        raise OperatorError(f"{message}; see --help")
+        """Raise an OperatorError; the base class would print the usage as well."""
+        raise OperatorError(f"{message.partition(chr(39))[0].rstrip(': ')}; see --help")
 
 
 if __name__ == "__main__":
