@@ -1638,8 +1638,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.left, self.lock, self.milliseconds = deque[dict[str, Any]](), threading.Lock(), 0
-        # By method, status, the rule that refused and the place of the duration in _BOUNDS; and by direction and model.
-        self.requests, self.tokens = Counter[tuple[str, int, str, int]](), Counter[tuple[str, str]]()
+        self.found = Counter[str]()  # by the name and the labels that Prometheus gets
+        self.buckets, self.models = [0] * (len(_BOUNDS) + 1), set[str]()
 
     def add(self, record: dict[str, Any]) -> None:
         """Have a request counted, by its record for the audit log."""
@@ -1652,37 +1652,36 @@ class Metrics:
         with self.lock, contextlib.suppress(IndexError):
             while True:
                 record = self.left.popleft()
+                status, rule = record["status"], record["refused"]
                 method = record["method"] if record["method"] in _METHODS else "other"
-                place = bisect.bisect_left(_BOUNDS, record["duration_ms"])
-                self.requests[method, record["status"], record["refused"], place] += 1
+                self.found[f'gateway_requests_total{{method="{method}",status="{status}"}}'] += 1
+                if rule:
+                    self.found[f'gateway_refused_total{{reason="{rule}"}}'] += 1
+                if status in (502, 504):
+                    self.found[f'gateway_upstream_errors_total{{status="{status}"}}'] += 1
+                self.buckets[bisect.bisect_left(_BOUNDS, record["duration_ms"])] += 1
                 self.milliseconds += record["duration_ms"]
                 for direction in ("prompt", "response"):
                     if tokens := record[f"{direction}_tokens"]:
-                        known = (direction, record["model"]) in self.tokens or len(self.tokens) < 2 * MAX_MODELS
-                        self.tokens[direction, record["model"] if known else "other"] += tokens
+                        labels = f'direction="{direction}",model="{self._label(record["model"])}"'
+                        self.found[f"gateway_tokens_total{{{labels}}}"] += tokens
 
-    def samples(self) -> dict[str, float]:
-        """All that was counted, by the name and the labels that Prometheus gets."""
-        found, buckets, name = Counter[str](), [0] * (len(_BOUNDS) + 1), "gateway_request_duration_seconds"
-        self.count()
-        with self.lock:
-            requests, tokens, milliseconds = [*self.requests.items()], [*self.tokens.items()], self.milliseconds
-        for (method, status, refused, place), number in requests:
-            buckets[place] += number
-            found[f'gateway_requests_total{{method="{method}",status="{status}"}}'] += number
-            found[f'gateway_refused_total{{reason="{refused}"}}'] += number if refused else 0
-            found[f'gateway_upstream_errors_total{{status="{status}"}}'] += number if status in (502, 504) else 0
-        for (direction, model), number in tokens:
-            label = re.sub(r'[\\"\n]', "_", model or "")
-            found[f'gateway_tokens_total{{direction="{direction}",model="{label}"}}'] += number
-        told = {sample: float(number) for sample, number in found.items() if number}
-        for bound, number in zip((*(bound / 1000 for bound in _BOUNDS), "+Inf"), itertools.accumulate(buckets)):
-            told[f'{name}_bucket{{le="{bound}"}}'] = number
-        return {**told, f"{name}_sum": milliseconds / 1000, f"{name}_count": sum(buckets)}
+    def _label(self, model: str | None) -> str:
+        label = re.sub(r'[\\"\n]', "_", model or "")
+        if len(self.models) < MAX_MODELS:
+            self.models.add(label)
+        return label if label in self.models else "other"
 
     def lines(self, now: dict[str, float]) -> Iterator[str]:
         """All metrics in Prometheus' text format; `now` are the samples that are not counted."""
-        samples = {f'gateway_build_info{{version="{__version__}"}}': 1.0, **now, **self.samples()}
+        self.count()
+        with self.lock:
+            samples = {f'gateway_build_info{{version="{__version__}"}}': 1.0, **now, **self.found}
+            duration = "gateway_request_duration_seconds"
+            bounds = (*(bound / 1000 for bound in _BOUNDS), "+Inf")
+            for bound, number in zip(bounds, itertools.accumulate(self.buckets)):
+                samples[f'{duration}_bucket{{le="{bound}"}}'] = samples[f"{duration}_count"] = number
+            samples[f"{duration}_sum"] = self.milliseconds / 1000
         for metric, about in _HELP.items():
             kind, _, purpose = about.partition(" ")
             yield f"# HELP {metric} {purpose}\n# TYPE {metric} {kind}"
@@ -2516,10 +2515,23 @@ class Handler(socketserver.BaseRequestHandler):
 # most --max-connections at a time; the others wait.
 
 
-class _Listener(socketserver.TCPServer):
-    """What both servers do where something fails."""
+def listen(place: tuple[str, int], remedy: str) -> socket.socket:
+    """Listen on HOST:PORT; without HOST on all addresses, of IPv4 and IPv6.  Raises Unable, with the remedy."""
+    host, port = place
+    both = host in ("", "[::]") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+    with explained(f"cannot listen on {host}:{port}", f"choose another {remedy}", Unable):
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=1024, dualstack_ipv6=both)
 
-    gateway: Gateway
+
+class _Listener(socketserver.TCPServer):
+    """What both servers do alike."""
+
+    def __init__(self, gateway: Gateway, place: tuple[str, int], flag: str, handler: Callable[..., Any]) -> None:
+        self.gateway = gateway
+        super().__init__(place, handler, bind_and_activate=False)
+        self.socket.close()  # it is for IPv4 only, and binding it would ask the name service for our name
+        self.socket = listen(place, flag)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; pause where descriptors are short, since the accept loop would spin."""
@@ -2539,15 +2551,10 @@ class Server(_Listener, http.server.ThreadingHTTPServer):
     """Accepts, encrypts, counts and drains connections."""
 
     def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], with_relay: bool = True) -> None:
-        self.gateway, self.context = gateway, context
+        self.context = context
         self.slots = threading.Semaphore(gateway.settings.max_connections)
         self.relay = Relay() if with_relay and TURN and hasattr(select, "epoll") else None
-        host, port = gateway.settings.listen
-        both = host in ("", "[::]") and socket.has_dualstack_ipv6()
-        super().__init__((host, port), functools.partial(Handler, gateway, self.relay), bind_and_activate=False)
-        self.socket.close()  # it is for IPv4 only, and binding it would ask the name service for our name
-        family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-        self.socket = socket.create_server((host.strip("[]"), port), family=family, backlog=1024, dualstack_ipv6=both)
+        super().__init__(gateway, gateway.settings.listen, "--listen", functools.partial(Handler, gateway, self.relay))
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give the connection a thread, once there is a place for it."""
@@ -2584,12 +2591,8 @@ class Server(_Listener, http.server.ThreadingHTTPServer):
 class StatusServer(_Listener):
     """Tells probes and Prometheus how the gateway does, one after the other."""
 
-    allow_reuse_address = os.name != "nt"  # there it would let two servers share the port
-
     def __init__(self, gateway: Gateway) -> None:
-        self.gateway, (host, port) = gateway, gateway.settings.status
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host.strip("[]"), port), socketserver.BaseRequestHandler)
+        super().__init__(gateway, gateway.settings.status, "--status", socketserver.BaseRequestHandler)
 
     def finish_request(self, request: Any, _address: Any) -> None:
         """Answer the request that stands in the first bytes, within a second, since others wait."""
@@ -2705,8 +2708,8 @@ def findings(settings: Settings) -> Findings:
     for look in (check_keys, check_certificate, check_log, check_port, check_upstream):
         try:
             yield from look(settings)
-        except OperatorError as error:  # noqa: PERF203 - the loop is not a hot one
-            yield "error", str(error)
+        except (OperatorError, UpstreamError) as error:  # noqa: PERF203 - the loop is not a hot one
+            yield ("warning" if isinstance(error, Unable) else "error"), str(error)
 
 
 def check_keys(settings: Settings) -> Findings:
@@ -2760,25 +2763,14 @@ def check_log(settings: Settings) -> Findings:
 
 def check_port(settings: Settings) -> Findings:
     """Whether the port is free."""
-    host, port = settings.listen
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socket.create_server((host.strip("[]"), port), family=family).close()
-        yield "ok", f"{host}:{port} is free"
-    except OSError as error:
-        reason = (error.strerror or "").partition(" (while")[0]
-        yield "warning", f"{host}:{port} is not free ({reason}); unless the gateway runs there already, see --listen"
+    listen(settings.listen, "--listen, unless the gateway runs there already").close()
+    yield "ok", "{}:{} is free".format(*settings.listen)
 
 
 def check_upstream(settings: Settings) -> Findings:
     """Which server the upstream is, and whether it can be reached around the gateway."""
-    upstream, answer = settings.upstream, b""
-    try:
-        wire = Pool(settings).connect()
-    except UpstreamError as error:
-        yield "error", str(error)
-        return
-    with contextlib.suppress(OSError, http.client.HTTPException), wire.sock as sock:  # with the time-out for connecting
+    upstream, answer, sock = settings.upstream, b"", Pool(settings).connect().sock
+    with contextlib.suppress(OSError, http.client.HTTPException), sock:  # with the time-out for connecting
         sock.sendall(f"GET {upstream.prefix}/api/version HTTP/1.0\r\nHost: {upstream.authority}\r\n\r\n".encode())
         response = http.client.HTTPResponse(sock)
         response.begin()
@@ -2908,8 +2900,7 @@ def serve(settings: Settings) -> int:
     if any(key.tokens for key in keys.value.values()) and not gateway.log.may_block:  # a pipe would never end
         today = datetime.now(timezone.utc).date()
         gateway.limits.charged[today] = charged_on(settings.log, today)
-    with explained(f"cannot listen on {settings.listen[0]}:{settings.listen[1]}", "choose another --listen", Unable):
-        server = Server(gateway, context)
+    server = Server(gateway, context)
     status = start_status(gateway) if settings.status else ""
 
     def stop(*_: Any) -> None:  # the first SIGINT or SIGTERM drains the server, and the second one ends it at once
@@ -2932,11 +2923,9 @@ def serve(settings: Settings) -> int:
 
 def start_status(gateway: Gateway) -> str:
     """Serve what --status asks for, and return where."""
-    host, port = gateway.settings.status
-    with explained(f"cannot listen on {host}:{port}", "choose another --status", Unable):
-        server = StatusServer(gateway)
+    server = StatusServer(gateway)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"{host}:{server.socket.getsockname()[1]}"
+    return f"{gateway.settings.status[0]}:{server.socket.getsockname()[1]}"
 
 
 def daily_news(gateway: Gateway) -> Iterator[str]:
