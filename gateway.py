@@ -36,7 +36,6 @@ from __future__ import annotations
 import _thread
 import argparse
 import base64
-import bisect
 import contextlib
 import errno
 import functools
@@ -46,7 +45,6 @@ import http.client
 import http.server
 import io
 import ipaddress
-import itertools
 import json
 import os
 import re
@@ -63,7 +61,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Container, Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
@@ -647,10 +645,10 @@ def parse_answer(head: bytes, method: bytes) -> Head:
     return Head(version, fields, body_framing(fields, version, status, method), status=status, reason=reason or b"")
 
 
-def require(found: T | None, status: int, message: str) -> T:
+def require(found: T | None, status: int, message: str, rule: str | None = None, *lines: bytes) -> T:
     """Return what was found, such as a match; raise ClientError if it is None or false."""
     if not found:
-        raise ClientError(status, message)
+        raise ClientError(status, message, rule, *lines)
     return found
 
 
@@ -930,8 +928,8 @@ _NAMING: Final = {"model", "name", "source", "destination", "from"}  # members t
 
 def check_role(role: str, method: bytes, path: bytes) -> None:
     """Refuse what the role may not do.  The path is compared as it came, since Ollama decodes /api/%70ull to pull."""
-    if role == "user" and (method, path) not in _FOR_USERS and not (method == b"GET" and _model_in_path(path)):
-        raise ClientError(403, "this key may use models and list them, and nothing else", "role")
+    allowed = role == "admin" or (method, path) in _FOR_USERS or (method == b"GET" and _model_in_path(path))
+    require(allowed, 403, "this key may use models and list them, and nothing else", "role")
 
 
 def asks_a_model(request: Head) -> bool:
@@ -941,16 +939,16 @@ def asks_a_model(request: Head) -> bool:
 
 def check_way(request: Head, models: Models) -> None:
     """Refuse a request that could name a model past the check of its body: by its coding, path, query or form."""
-    path, fields, query = request.path, request.fields, request.target.partition(b"?")[2]
-    if _is_coded(fields):  # the answer says what is possible: RFC 9110, 12.5.3
-        raise ClientError(415, "this key may use no Content-Encoding", "guard", b"Accept-Encoding: identity")
+    path, fields = request.path, request.fields
+    # The answer says what is possible: RFC 9110, 12.5.3.
+    require(not _is_coded(fields), 415, "this key may use no Content-Encoding", "guard", b"Accept-Encoding: identity")
     plain = not re.search(rb"[%;\\]|//|/\.\.?(?:/|\Z)", path)
     if path.startswith(b"/v1/models/"):  # where a name may be encoded
         plain = may_use(models, _model_in_path(path))
-    query = query.replace(b";", b"&")  # some servers take it for one
-    names = [name.strip().casefold() for name, _ in urllib.parse.parse_qsl(query.decode("latin-1"), True)]
-    if not plain or _is_form(fields) or "model" in names:
-        raise ClientError(403, "this key may use some models only, and must name them plainly", "model")
+    query = request.target.partition(b"?")[2].replace(b";", b"&").decode("latin-1")  # some servers take ; for &
+    names = [name.strip().casefold() for name, _ in urllib.parse.parse_qsl(query, True)]
+    plain = plain and not _is_form(fields) and "model" not in names
+    require(plain, 403, "this key may use some models only, and must name them plainly", "model")
 
 
 def _is_coded(fields: Fields) -> bool:
@@ -994,23 +992,18 @@ def parse_strictly(body: bytes, request: Head) -> dict[str, Any]:
         value = _strict.decode(body.decode()) if body or asks_a_model(request) else {}
     except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict) or any(each.casefold() in _NAMING and each not in _NAMING for each in value):
-        raise ClientError(400, "this key's requests must be one JSON object, without repeated members", "guard")
-    return value
+    clear = isinstance(value, dict) and all(each in _NAMING or each.casefold() not in _NAMING for each in value)
+    require(clear, 400, "this key's requests must be one JSON object, without repeated members", "guard")
+    return _object(value)
 
 
 def check_names(body: dict[str, Any], request: Head, models: Models) -> None:
     """Refuse a request that names a model that the key may not use, or none where it should."""
-    named = [each for member, each in body.items() if _names_a_model(member, request.path)]
+    naming = _NAMING if request.path.startswith(b"/api/") else ()
+    named = [each for member, each in body.items() if "model" in member.casefold() or member in naming]
     allowed = all(isinstance(each, str) and (not each or may_use(models, each)) for each in named)
-    allowed = allowed and "fallbacks" not in map(str.casefold, body)
-    if not allowed or (asks_a_model(request) and not any(named)):
-        raise ClientError(403, "this key may not use that model", "model")
-
-
-def _names_a_model(member: str, path: bytes) -> bool:
-    folded = member.casefold()
-    return "model" in folded or (path.startswith(b"/api/") and member in _NAMING)
+    allowed = allowed and "fallbacks" not in map(str.casefold, body) and (any(named) or not asks_a_model(request))
+    require(allowed, 403, "this key may not use that model", "model")
 
 
 def visible(content: bytes, models: Models) -> bytes | None:
@@ -1039,19 +1032,18 @@ _lenient = json.JSONDecoder(object_pairs_hook=_all_members, parse_int=float, str
 
 def prompt_of(body: bytes, scan: str) -> Any:
     """What a body says, for the scan; None if it is no JSON.  ClientError 400 if --scan block cannot look at it."""
-    try:
-        with contextlib.suppress(ValueError):
-            return _lenient(body.decode(errors="replace").lstrip())[0]
-    except RecursionError:
-        if scan == "block":
-            raise ClientError(400, "the prompt is nested too deeply to be looked at", "scan") from None
-    return None
+    try:  # some servers read UTF-16 and skip a byte order mark, as json.loads() does
+        return _lenient(body.decode(json.detect_encoding(body), "replace").lstrip())[0]
+    except (ValueError, RecursionError) as error:
+        passes = scan == "flag" or isinstance(error, ValueError)
+        require(passes, 400, "the prompt is nested too deeply to be looked at", "scan")
+        return None
 
 
 def may_be_scanned(fields: Fields, scan: str) -> bool:
     """Whether a prompt is looked at: not a form, nor a compressed one, which --scan block refuses."""
-    if scan == "block" and _is_coded(fields):
-        raise ClientError(415, "prompts must come without a Content-Encoding", "scan", b"Accept-Encoding: identity")
+    passes, identity = scan == "flag" or not _is_coded(fields), b"Accept-Encoding: identity"
+    require(passes, 415, "prompts must come without a Content-Encoding", "scan", identity)
     return not (_is_coded(fields) or _is_form(fields))
 
 
@@ -1189,8 +1181,8 @@ class Limits:
     def hold(self, size: int) -> None:
         """Count bytes of bodies that are held, or no longer held if negative.  Raises ClientError 503."""
         with self.lock:
-            if size > 0 and self.held + size > MAX_HELD:
-                raise ClientError(503, "too many large requests at a time; try again", "size", b"Retry-After: 1")
+            room = size <= 0 or self.held + size <= MAX_HELD
+            require(room, 503, "too many large requests at a time; try again", "size", b"Retry-After: 1")
             self.held += size
 
 
@@ -1625,7 +1617,9 @@ _HELP: Final = {
     "gateway_certificate_expiry_timestamp_seconds": "gauge When the certificate expires, in Unix time.",
 }
 _METHODS: Final = {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"}
-_BOUNDS: Final = (10, 100, 500, 1_000, 5_000, 10_000, 30_000, 60_000, 300_000)  # milliseconds
+# Each bucket of the histogram, with the milliseconds that a request in it may have taken.
+_BUCKETS: Final = {f'gateway_request_duration_seconds_bucket{{le="{seconds}"}}': float(seconds) * 1000
+                   for seconds in ("0.01", "0.1", "0.5", "1", "5", "10", "30", "60", "300", "+Inf")}  # fmt: skip
 MAX_MODELS: Final = 50  # names of models that are told apart, since each is a series in Prometheus' memory
 
 
@@ -1637,9 +1631,8 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self.left, self.lock, self.milliseconds = deque[dict[str, Any]](), threading.Lock(), 0
-        self.found = Counter[str]()  # by the name and the labels that Prometheus gets
-        self.buckets, self.models = [0] * (len(_BOUNDS) + 1), set[str]()
+        self.left, self.lock, self.models = deque[dict[str, Any]](), threading.Lock(), set[str]()
+        self.found = defaultdict[str, float](float)  # by the name and the labels that Prometheus gets
 
     def add(self, record: dict[str, Any]) -> None:
         """Have a request counted, by its record for the audit log."""
@@ -1651,20 +1644,22 @@ class Metrics:
         """Count what was left."""
         with self.lock, contextlib.suppress(IndexError):
             while True:
-                record = self.left.popleft()
-                status, rule = record["status"], record["refused"]
+                record, found = self.left.popleft(), self.found
+                status, milliseconds = record["status"], record["duration_ms"]
                 method = record["method"] if record["method"] in _METHODS else "other"
-                self.found[f'gateway_requests_total{{method="{method}",status="{status}"}}'] += 1
-                if rule:
-                    self.found[f'gateway_refused_total{{reason="{rule}"}}'] += 1
+                found[f'gateway_requests_total{{method="{method}",status="{status}"}}'] += 1
+                if record["refused"]:
+                    found[f'gateway_refused_total{{reason="{record["refused"]}"}}'] += 1
                 if status in (502, 504):
-                    self.found[f'gateway_upstream_errors_total{{status="{status}"}}'] += 1
-                self.buckets[bisect.bisect_left(_BOUNDS, record["duration_ms"])] += 1
-                self.milliseconds += record["duration_ms"]
+                    found[f'gateway_upstream_errors_total{{status="{status}"}}'] += 1
+                found["gateway_request_duration_seconds_sum"] += milliseconds / 1000
+                found["gateway_request_duration_seconds_count"] += 1
+                for bucket, bound in _BUCKETS.items():
+                    found[bucket] += milliseconds <= bound
                 for direction in ("prompt", "response"):
                     if tokens := record[f"{direction}_tokens"]:
                         labels = f'direction="{direction}",model="{self._label(record["model"])}"'
-                        self.found[f"gateway_tokens_total{{{labels}}}"] += tokens
+                        found[f"gateway_tokens_total{{{labels}}}"] += tokens
 
     def _label(self, model: str | None) -> str:
         label = re.sub(r'[\\"\n]', "_", model or "")
@@ -1677,11 +1672,6 @@ class Metrics:
         self.count()
         with self.lock:
             samples = {f'gateway_build_info{{version="{__version__}"}}': 1.0, **now, **self.found}
-            duration = "gateway_request_duration_seconds"
-            bounds = (*(bound / 1000 for bound in _BOUNDS), "+Inf")
-            for bound, number in zip(bounds, itertools.accumulate(self.buckets)):
-                samples[f'{duration}_bucket{{le="{bound}"}}'] = samples[f"{duration}_count"] = number
-            samples[f"{duration}_sum"] = self.milliseconds / 1000
         for metric, about in _HELP.items():
             kind, _, purpose = about.partition(" ")
             yield f"# HELP {metric} {purpose}\n# TYPE {metric} {kind}"
@@ -2532,6 +2522,7 @@ class _Listener(socketserver.TCPServer):
         super().__init__(place, handler, bind_and_activate=False)
         self.socket.close()  # it is for IPv4 only, and binding it would ask the name service for our name
         self.socket = listen(place, flag)
+        self.port = self.socket.getsockname()[1]  # where the place said 0, the system has chosen one
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; pause where descriptors are short, since the accept loop would spin."""
@@ -2900,8 +2891,7 @@ def serve(settings: Settings) -> int:
     if any(key.tokens for key in keys.value.values()) and not gateway.log.may_block:  # a pipe would never end
         today = datetime.now(timezone.utc).date()
         gateway.limits.charged[today] = charged_on(settings.log, today)
-    server = Server(gateway, context)
-    status = start_status(gateway) if settings.status else ""
+    server, status = Server(gateway, context), StatusServer(gateway) if settings.status else None
 
     def stop(*_: Any) -> None:  # the first SIGINT or SIGTERM drains the server, and the second one ends it at once
         if gateway.watchman.leaving:
@@ -2914,26 +2904,12 @@ def serve(settings: Settings) -> int:
         signal.signal(getattr(signal, name), stop if name in ("SIGINT", "SIGTERM") else signal.SIG_IGN)
     # All connections depend on these threads.  If one fails, the gateway ends, so that systemd or Docker start it anew.
     threading.excepthook = lambda failed: abandon(server, failed.exc_value)
-    for run in (server.serve_forever, gateway.watchman.run, *([server.relay.run] if server.relay else [])):
+    workers = [each.run for each in (gateway.watchman, server.relay) if each]
+    for run in [*workers, *(each.serve_forever for each in (server, status) if each)]:
         threading.Thread(target=run, daemon=True).start()
-    announce(gateway, server.socket.getsockname()[1], line.split()[0] if fresh else "", wanted, status)
+    announce(server, status, line.split()[0] if fresh else "", wanted)
     notify("READY=1")
     return keep_house(server)
-
-
-def start_status(gateway: Gateway) -> str:
-    """Serve what --status asks for, and return where."""
-    server = StatusServer(gateway)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"{gateway.settings.status[0]}:{server.socket.getsockname()[1]}"
-
-
-def daily_news(gateway: Gateway) -> Iterator[str]:
-    """What is told at midnight, UTC."""
-    yield f"the audit log has {log_head(gateway.log)}"
-    with contextlib.suppress(OperatorError):  # Watched tells of files that cannot be read
-        if flaw := certificate_flaw(gateway.settings.cert, gateway.settings.name):
-            yield f"WARNING {gateway.settings.cert} {flaw}"
 
 
 def keep_house(server: Server) -> int:
@@ -2942,10 +2918,14 @@ def keep_house(server: Server) -> int:
     notice = NOTICE if gateway.settings.status else 0  # in which requests still come, and keys may still be revoked
     try:
         while not gateway.watchman.leaving or (notice := notice - TICK) > 0:
-            before, day = day, datetime.now(timezone.utc).date()
-            midnight = daily_news(gateway) if day != before else []
-            for news in filter(None, (gateway.keys.refresh(), context.refresh(), *log_news(gateway.log), *midnight)):
+            for news in filter(None, (gateway.keys.refresh(), context.refresh(), *log_news(gateway.log))):
                 say(news)
+            before, day = day, datetime.now(timezone.utc).date()
+            if day != before:
+                say(f"the audit log has {log_head(gateway.log)}")
+                with contextlib.suppress(OperatorError):  # context.refresh() tells of files that cannot be read
+                    if flaw := certificate_flaw(gateway.settings.cert, gateway.settings.name):
+                        say(f"WARNING {gateway.settings.cert} {flaw}")
             notify("WATCHDOG=1")
             if gateway.metrics:
                 gateway.metrics.count()
@@ -2992,11 +2972,11 @@ def possible_connections() -> int:
     return max(1, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63 - 32) // 2)
 
 
-def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int, status: str) -> None:
+def announce(server: Server, status: StatusServer | None, fresh_key: str, wanted: int) -> None:
     """Tell the operator how to use the gateway, and what is wrong with its settings."""
-    settings, keys, upstream = gateway.settings, gateway.keys.value, gateway.settings.upstream
+    gateway, settings, upstream = server.gateway, server.gateway.settings, server.gateway.settings.upstream
     host, cert, most = settings.listen[0], settings.cert, settings.max_connections
-    url = f"https://{'localhost' if host in ('', '0.0.0.0', '[::]') else host}:{port}"  # noqa: S104 - is compared only
+    url = f"https://{'localhost' if host in ('', '0.0.0.0', '[::]') else host}:{server.port}"  # noqa: S104 - is compared only
     example = """chat -d '{"model":"demo","messages":[{"role":"user","content":"hi"}]}'""" if settings.demo else "tags"
     state = "the built-in demo, not a model" if settings.demo else "it answers"
     try:
@@ -3009,18 +2989,18 @@ def announce(gateway: Gateway, port: int, fresh_key: str, wanted: int, status: s
     # Each row is a label, and its text if the row is to be shown.
     rows: list[tuple[str, Any]] = [("URL", url),
         ("Upstream", f"{'https' if upstream.tls else 'http'}://{upstream.authority}{upstream.prefix} - {state}"),
-        ("Keys", f"{len(keys)} in {settings.keys}"),
+        ("Keys", f"{len(gateway.keys.value)} in {settings.keys}"),
         ("New key", shown and f"{shown} - also in {settings.keys}, and not shown again"),
         ("New key", fresh_key and not shown and f"stands in {os.path.abspath(settings.keys)}"),
         ("Connections", most < wanted and f"at most {most}, not {wanted}, for want of descriptors (see ulimit -Hn)"),
         ("Certificate", f"{cert}, expires {until:%Y-%m-%d}, SHA-256 fingerprint\n{'':15}{fingerprint}"),
         ("Audit log", f"{'standard output' if settings.log == '-' else settings.log}, {log_head(gateway.log)}"),
-        ("Status", status and f"http://{status}/healthz, /readyz and /metrics"),
+        ("Status", status and f"http://{settings.status[0]}:{status.port}/healthz, /readyz and /metrics"),
         *[("WARNING", about) for state, about in found if state == "warning"],
         ("Try", f'curl --cacert {cert} -H "X-Api-Key: {shown or "YOUR-KEY"}" {url}/api/{example}')]  # fmt: skip
     near = re.sub(r"\A(127\.0\.0\.1|\[::1\]|localhost)(?=:)", "", upstream.authority)
     lines = "".join(f"\n  {label:<12} {text}" for label, text in rows if text)
-    say(f"Gateway listening on {host}:{port}, upstream {near}{lines}")
+    say(f"Gateway listening on {host}:{server.port}, upstream {near}{lines}")
 
 
 def say(text: str) -> None:
