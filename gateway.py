@@ -709,9 +709,14 @@ def key_in_path(target: bytes, keys_in_paths: bool) -> tuple[bytes, bytes]:
     return (urllib.parse.unquote_to_bytes(match[1]), b"/" + target[match.end() :]) if match else (b"", target)
 
 
-def logged(text: bytes) -> str:
-    """Decode and shorten what a client sent, for the log; bytes that are not UTF-8 are shown as \\xNN."""
-    return text.decode("utf-8", "backslashreplace")[:MAX_LOGGED]
+def logged(text: bytes | str) -> str:
+    """Shorten what a client sent, for the log, and blot out keys of keygen's that stand in the wrong place.
+
+    Bytes that are not UTF-8 are shown as \\xNN.
+    """
+    shown = text if isinstance(text, str) else text.decode("utf-8", "backslashreplace")
+    shown = re.sub(r"ztg_[\w-]+", "ztg_...", shown) if "ztg_" in shown else shown
+    return shown[:MAX_LOGGED]
 
 
 def list_members(fields: Fields, name: bytes) -> set[bytes]:
@@ -1278,7 +1283,7 @@ def model_name(target: bytes, content_type: bytes, request: Excerpt) -> str | No
     separator, documents = _split(request)
     if separator == b"\r\n--" + content_type.partition(b"boundary=")[2].partition(b";")[0].strip(b' "'):
         found = [match[1] for part in documents[:-1] if (match := re.fullmatch(_MODEL_PART, part))]
-        return found[0].decode(errors="replace")[:MAX_LOGGED] if found else None
+        return logged(found[0].decode(errors="replace")) if found else None
     asked = _object(_parsed(documents[0], _decode_as_go))
     if not asked:  # perhaps it was broken off; up to the last comma there are mostly whole members
         asked = _object(_parsed(_pruned(documents[0]).rpartition(b",")[0] + b"}", _decode_as_go))
@@ -1289,7 +1294,7 @@ def model_among(asked: dict[str, Any], target: bytes) -> str | None:
     """The model that a request names in its members, whose names are in lower case."""
     path = urllib.parse.unquote_to_bytes(target.partition(b"?")[0])  # Ollama serves /api/%70ull, too
     model = asked.get("source" if path == b"/api/copy" else "model") or (path in _TAKE_A_NAME and asked.get("name"))
-    return model[:MAX_LOGGED] if model and isinstance(model, str) else None
+    return logged(model) if model and isinstance(model, str) else None
 
 
 def _split(excerpt: Excerpt) -> tuple[bytes, list[bytes]]:
@@ -2514,11 +2519,11 @@ def listen(place: tuple[str, int], remedy: str) -> socket.socket:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=1024, dualstack_ipv6=both)
 
 
-class _Listener(socketserver.TCPServer):
-    """What both servers do alike."""
+class _Listener(http.server.ThreadingHTTPServer):
+    """Gives each connection a thread, as long as there are no more than `most`."""
 
-    def __init__(self, gateway: Gateway, place: tuple[str, int], flag: str, handler: Callable[..., Any]) -> None:
-        self.gateway = gateway
+    def __init__(self, gateway: Gateway, place: tuple[str, int], flag: str, most: int, handler: Any) -> None:
+        self.gateway, self.slots = gateway, threading.Semaphore(most)
         super().__init__(place, handler, bind_and_activate=False)
         self.socket.close()  # it is for IPv4 only, and binding it would ask the name service for our name
         self.socket = listen(place, flag)
@@ -2531,21 +2536,6 @@ class _Listener(socketserver.TCPServer):
         except OSError as error:
             time.sleep(0.1 if error.errno in NO_ROOM else 0)
             raise
-
-    def handle_error(self, _request: Any, _address: Any) -> None:
-        """Report a bug in one line, but no errors that a client causes on its connection."""
-        if not isinstance(error := sys.exc_info()[1], (OSError, type(None))):
-            self.gateway.report(fault(error))
-
-
-class Server(_Listener, http.server.ThreadingHTTPServer):
-    """Accepts, encrypts, counts and drains connections."""
-
-    def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], with_relay: bool = True) -> None:
-        self.context = context
-        self.slots = threading.Semaphore(gateway.settings.max_connections)
-        self.relay = Relay() if with_relay and TURN and hasattr(select, "epoll") else None
-        super().__init__(gateway, gateway.settings.listen, "--listen", functools.partial(Handler, gateway, self.relay))
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give the connection a thread, once there is a place for it."""
@@ -2560,15 +2550,34 @@ class Server(_Listener, http.server.ThreadingHTTPServer):
             if self.gateway.watchman.may_report():
                 self.gateway.report("cannot start a thread for a connection; lower --max-connections")
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Have Handler handle the connection over TLS, and make room for another."""
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Make room for another connection at the end of this one."""
         try:
-            with TURN or contextlib.nullcontext():
-                request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
-                request = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-                super().finish_request(request, client_address)
+            super().process_request_thread(request, client_address)
         finally:
             self.slots.release()
+
+    def handle_error(self, _request: Any, _address: Any) -> None:
+        """Report a bug in one line, but no errors that a client causes on its connection."""
+        if not isinstance(error := sys.exc_info()[1], (OSError, type(None))):
+            self.gateway.report(fault(error))
+
+
+class Server(_Listener):
+    """Accepts, encrypts, counts and drains connections."""
+
+    def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], with_relay: bool = True) -> None:
+        self.context, settings = context, gateway.settings
+        self.relay = Relay() if with_relay and TURN and hasattr(select, "epoll") else None
+        handler = functools.partial(Handler, gateway, self.relay)
+        super().__init__(gateway, settings.listen, "--listen", settings.max_connections, handler)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Have Handler handle the connection over TLS."""
+        with TURN or contextlib.nullcontext():
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
+            request = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+            super().finish_request(request, client_address)
 
     def drain(self, grace: float) -> None:
         """Let running requests finish for `grace` seconds; then end them, so that they are logged."""
@@ -2580,13 +2589,13 @@ class Server(_Listener, http.server.ThreadingHTTPServer):
 
 
 class StatusServer(_Listener):
-    """Tells probes and Prometheus how the gateway does, one after the other."""
+    """Tells probes and Prometheus how the gateway does, eight at a time."""
 
     def __init__(self, gateway: Gateway) -> None:
-        super().__init__(gateway, gateway.settings.status, "--status", socketserver.BaseRequestHandler)
+        super().__init__(gateway, gateway.settings.status, "--status", 8, socketserver.BaseRequestHandler)
 
     def finish_request(self, request: Any, _address: Any) -> None:
-        """Answer the request that stands in the first bytes, within a second, since others wait."""
+        """Answer the request that stands in the first bytes, if they come within a second."""
         request.settimeout(1)
         line = re.match(rb"GET (/[a-z]*) ", request.recv(READ_SIZE))
         status, text = self._answer(line[1] if line else b"")

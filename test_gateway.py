@@ -537,6 +537,16 @@ def test_no_key_is_ever_shown_or_forwarded(gate: RunningGateway, upstream: FakeU
         assert secret not in seen
 
 
+def test_a_key_in_the_wrong_place_is_not_logged(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    gate.ask(f"/api/{KEY}/tags", json.dumps({"model": KEY}).encode())
+    gate.ask(f"/k//{KEY}", b"{}", method=KEY)
+    gate.say(f"POST /{WRONG_KEY} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+    assert {line["path"] for line in gate.log(3)} == {"/api/ztg_.../tags", "/k//ztg_...", "/ztg_..."}
+    seen = gate.stderr + (gate.folder / "gateway.log").read_text()
+    assert KEY not in seen
+    assert WRONG_KEY not in seen
+
+
 def test_a_revoked_key_is_void_within_a_second_on_open_connections_too(start: Callable[..., RunningGateway]) -> None:
     gate = start()
     with gate.connect() as sock:
@@ -4308,9 +4318,12 @@ def test_the_status_port_tells_probes_how_the_gateway_does(start: Callable[..., 
     gate = start("--status", "127.0.0.1:0")
     assert [status_of(gate, path) for path in ("/healthz", "/readyz")] == [(200, "ok\n")] * 2
     assert status_of(gate, "/api/tags")[0] == 404
-    silent = socket.create_connection(("127.0.0.1", int(gate.said(r"Status +http://[^/]+:(\d+)/")[1])))
-    with silent:  # does not stop the others for longer than the time-out
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):  # clients that are silent delay nobody
+            stack.enter_context(socket.create_connection(("127.0.0.1", status_port(gate))))
+        began = time.monotonic()
         assert status_of(gate, "/healthz") == (200, "ok\n")
+        assert time.monotonic() - began < 0.9
     gate.folder.joinpath("gateway.log").unlink()
     gate.folder.joinpath("gateway.log").mkdir()
     eventually(lambda: gate.said("cannot write to gateway.log"))
@@ -4323,6 +4336,20 @@ def test_a_gateway_without_an_upstream_is_alive_but_not_ready(start: Callable[..
     status, reason = status_of(gate, "/readyz")
     assert (status, "cannot be reached" in reason) == (503, True)
     assert status_of(gate, "/healthz")[0] == 200
+
+
+@linux
+def test_an_upstream_that_does_not_answer_delays_no_probe_of_the_gateway_itself(start: Callable[..., RunningGateway]) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ThreadPoolExecutor() as probes:
+        gate = start("--status", "127.0.0.1:0", "--upstream", f"http://127.0.0.1:{full.getsockname()[1]}")
+        full.accept()[0].close()  # it asked whether there is somebody
+        with socket.create_connection(full.getsockname()):
+            waiting = [probes.submit(status_of, gate, "/readyz") for _ in range(3)]
+            eventually(lambda: threads_of(gate) == IDLE_THREADS + 1 + 3)
+            began = time.monotonic()
+            assert status_of(gate, "/healthz") == (200, "ok\n")
+            assert time.monotonic() - began < 0.9
+            assert {probe.result(PATIENCE)[0] for probe in waiting} == {503}
 
 
 def test_a_gateway_that_stops_is_not_ready(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
