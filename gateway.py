@@ -86,6 +86,7 @@ READ_SIZE: Final = 64 * 1024  # bytes in a read of bulk data; larger reads make 
 TLS_RECORD: Final = 16 * 1024  # bytes of plaintext in the largest TLS record: RFC 8446, 5.1
 MAX_JUDGED: Final = 32 * 1024 * 1024  # bytes of a body that is read whole and judged before it is forwarded
 MAX_HELD: Final = 256 * 1024 * 1024  # bytes of all such bodies together
+MAX_VALUES: Final = 2_000_000  # in such a body, as far as commas and brackets tell; one may take 200 bytes when parsed
 MIN_PROGRESS: Final = 4 * 1024  # bytes of a request's body that start --body-timeout anew
 CONNECT_TIMEOUT: Final = 5.0  # seconds to connect to the upstream
 POOL_SIZE: Final = 64  # idle upstream connections that are kept
@@ -1149,7 +1150,7 @@ class Limits:
         # By the names of keys: when the rate is fresh again (ns, monotonic), the requests that run, and tokens by day,
         # of which more than one is kept, since a clock may be set back.
         self.fresh, self.running, self.charged = Counter[str](), Counter[str](), dict[date, Counter[str]]()
-        self.held = 0  # bytes of bodies that are read whole
+        self.held, self.large = 0, threading.Lock()  # bytes of bodies that are read whole; who judges a large one
 
     def enter(self, key: Key, today: date, now: int) -> None:
         """Admit a request, or refuse it with 429, which consumes nothing.  `now` is monotonic, in nanoseconds."""
@@ -2055,12 +2056,14 @@ class Exchange:
         while not self.body.done:
             hold(len(data))
             self.held += len(data)
-            if max(self._request.framing, self.held) > MAX_JUDGED:
-                raise ClientError(413, f"the body is longer than {MAX_JUDGED >> 20} MiB", "size")
+            longest = max(self._request.framing, self.held)
+            require(longest <= MAX_JUDGED, 413, f"the body is longer than {MAX_JUDGED >> 20} MiB", "size")
             content += self.body.feed(data)
             self._client.ahead = self.body.rest
             data = b"" if self.body.done else self._receive()
         whole, self.sent.size = bytes(content), len(content)
+        few = len(whole) <= MAX_VALUES or sum(map(whole.count, (b",", b"[", b"{"))) <= MAX_VALUES
+        require(few, 413, f"the body holds more than {MAX_VALUES:,} commas and brackets", "size")
         self._part = self.body.framed(whole)
         return whole
 
@@ -2435,7 +2438,9 @@ class Handler(socketserver.BaseRequestHandler):
         record, known = self.record, self.gateway.keys.value
         self._continue(request, exchange)
         content = exchange.read_whole(self.gateway.limits.hold)
-        with self.wire.until(self.wire, sys.maxsize):  # this does not block, but takes so long that others have a turn
+        # This takes so long that others have a turn, and for a large body so much memory that no other has.
+        alone = self.gateway.limits.large if len(content) > READ_SIZE else contextlib.nullcontext()
+        with self.wire.until(self.wire, sys.maxsize), alone:
             value = parse_strictly(content, request) if key.models else prompt_of(content, scan)
             members = {name.casefold(): each for name, each in _object(value).items()}
             record["model"] = model_among(members, request.target)

@@ -3478,6 +3478,24 @@ def test_limits_are_exact_about_time() -> None:
     assert [admitted(now) for now in (10**10, 10**10, 10**10, 10**10)] == [True] * 3 + [False]
 
 
+@measures
+@linux
+def test_large_bodies_are_judged_one_at_a_time_and_in_bounded_memory(start: Callable[..., RunningGateway]) -> None:
+    gate = start(keys="key-two models=llama3.2\n")
+
+    def peak() -> int:
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{gate.process.pid}/status").read_text())[0])
+
+    body = b'{"model": "llama3.2", "x": [' + b'{"a":0},' * (gateway.MAX_VALUES // 2 - 10) + b"1]}"
+    too_many = body.replace(b"0},", b"0,,")
+    assert [gate.ask(body=each, key="key-two").status for each in (too_many, body)] == [413, 200]
+    one = peak()
+    with ThreadPoolExecutor() as clients:
+        assert {answer.status for answer in clients.map(lambda _: gate.ask(body=body, key="key-two"), range(3))} == {200}
+    assert peak() - one < 100_000
+    assert [line["refused"] for line in gate.log(5)] == ["size", None, None, None, None]
+
+
 def test_the_bodies_that_are_held_at_a_time_are_bounded() -> None:
     limits = gateway.Limits()
     limits.hold(gateway.MAX_HELD)
