@@ -2710,7 +2710,7 @@ Findings = Iterator[tuple[str, str]]
 
 def findings(settings: Settings) -> Findings:
     """All findings; what keeps one function from going on is its last one."""
-    for look in (check_keys, check_certificate, check_log, check_port, check_upstream):
+    for look in (check_keys, check_certificate, check_log, check_ports, check_upstream):
         try:
             yield from look(settings)
         except (OperatorError, UpstreamError) as error:  # noqa: PERF203 - the loop is not a hot one
@@ -2759,17 +2759,21 @@ def _readable_by_others(path: str) -> Findings:
 
 def check_log(settings: Settings) -> Findings:
     """Whether the audit log can be written, or made."""
-    place = settings.log if os.path.lexists(settings.log) else os.path.dirname(os.path.abspath(settings.log))
-    if settings.log == "-" or os.access(place, os.W_OK):
-        yield "ok", f"the audit log can be written to {settings.log}"
-    else:
-        yield "error", f"the audit log cannot be written: {place} may not be; choose another --log"
+    log, folder = settings.log, os.path.dirname(os.path.realpath(settings.log))
+    with explained(f"cannot write to {log}", "choose another --log"):
+        if os.path.exists(log):
+            os.close(os.open(log, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)))
+        elif log != "-" and not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, f"no file can be made in {folder}")
+    yield "ok", f"the audit log can be written to {log}"
 
 
-def check_port(settings: Settings) -> Findings:
-    """Whether the port is free."""
-    listen(settings.listen, "--listen, unless the gateway runs there already").close()
-    yield "ok", "{}:{} is free".format(*settings.listen)
+def check_ports(settings: Settings) -> Findings:
+    """Whether the ports are free."""
+    for flag, place in (("--listen", settings.listen), ("--status", settings.status)):
+        if place:
+            listen(place, f"{flag}, unless the gateway runs there already").close()
+            yield "ok", "{}:{} is free".format(*place)
 
 
 def check_upstream(settings: Settings) -> Findings:
