@@ -921,6 +921,8 @@ INFERENCE: Final = frozenset(
     b"/api/generate /api/chat /api/embed /api/embeddings /v1/chat/completions /v1/completions /v1/embeddings /v1/rerank"
     b" /v1/responses /v1/messages /v1/messages/count_tokens /v1/audio/transcriptions".split()
 )
+# llama.cpp's own names for the same.
+_NATIVE = {*b"/completion /completions /chat/completions /infill /embedding /embeddings /rerank /reranking".split()}
 # What a key with role=user may do, and GET /v1/models/NAME.
 _FOR_USERS: Final = {
     *((method, path) for method in (b"GET", b"HEAD") for path in (b"/", b"/api/version", b"/api/tags")),
@@ -928,7 +930,7 @@ _FOR_USERS: Final = {
     *((b"POST", path) for path in (b"/api/show", *INFERENCE)),
 }
 LISTS: Final = {b"/api/tags", b"/api/ps", b"/v1/models"}  # of models
-COUNTED: Final = {b"POST", b"PUT", b"PATCH", b"DELETE"}  # by limits; reading is free, since user interfaces poll lists
+FREE: Final = {b"GET", b"HEAD", b"OPTIONS"}  # of limits, since user interfaces poll lists
 _NAMING: Final = {"model", "name", "source", "destination", "from"}  # members that name models in Ollama's API
 
 
@@ -939,8 +941,9 @@ def check_role(role: str, method: bytes, path: bytes) -> None:
 
 
 def asks_a_model(request: Head) -> bool:
-    """Whether this is a request for inference."""
-    return request.method == b"POST" and request.path in INFERENCE
+    """Whether this is a request for inference, also where only some servers read its path so: Ollama decodes it."""
+    path = re.sub(rb"//+", b"/", urllib.parse.unquote_to_bytes(request.path)).rstrip(b"/").lower()
+    return request.method not in FREE and (path in INFERENCE or path in _NATIVE)
 
 
 def check_way(request: Head, models: Models) -> None:
@@ -2386,7 +2389,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _limited(self, key: Key, request: Head) -> bool:
         """Forward the request within the key's limits, as long as the key is valid.  Raises ClientError 429."""
         limits, today = self.gateway.limits, self.began.date()
-        counted = (key.rate or key.tokens or key.parallel) and request.method in COUNTED
+        counted = (key.rate or key.tokens or key.parallel) and request.method not in FREE
         if counted:
             limits.enter(key, today, time.monotonic_ns())
         self.key = key
