@@ -1544,7 +1544,7 @@ def sum_up(paths: Iterable[str], since: str, until: str, progress: Callable[[str
         with explained(f"cannot read {path}", "name another"), contextlib.suppress(EOFError), opened(path, "rb") as log:
             for number, line in enumerate(iter(functools.partial(log.readline, READ_SIZE), b""), 1):
                 record = _object(_parsed(line))
-                counts = {name: value for name, value in record.items() if isinstance(value, int)}
+                counts = {name: value for name, value in record.items() if type(value) is int and 0 <= value < 2**53}
                 day, status = str(record.get("timestamp"))[:10], counts.get("status")
                 if not status or not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", day):
                     others += 1

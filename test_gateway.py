@@ -3913,6 +3913,16 @@ def test_usage_shows_an_ordinary_name_as_it_is(tmp_path: Path) -> None:
     assert (row["key"], row["share"]) == (name, 0.1)
 
 
+def test_hostile_numbers_are_left_out(tmp_path: Path) -> None:
+    line = json.loads(usage_log(tmp_path).read_text().splitlines()[0])
+    numbers = ({"prompt_tokens": 10**400}, {"charged": 10**400}, {"response_tokens": -7}, {"prompt_tokens": True})
+    (tmp_path / "gateway.log").write_text("".join(json.dumps({**line, **number}) + "\n" for number in numbers))
+    (tmp_path / "keys.txt").write_text("k name=alice tokens=30/day\n")
+    [row] = json.loads(usage_of(tmp_path, "--json").stdout)["rows"]
+    assert (row["prompt"], row["response"], row["share"]) == (20, 15, 1.5)
+    assert usage_of(tmp_path, "--html").returncode == 0
+
+
 def test_hostile_names_reach_neither_the_terminal_nor_the_page(tmp_path: Path) -> None:
     usage_log(tmp_path)
     table, page = usage_of(tmp_path, "--by", "key,model").stdout, usage_of(tmp_path, "--html").stdout
