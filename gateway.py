@@ -1495,7 +1495,8 @@ def verify_log(paths: Sequence[str], head: str | None) -> Iterator[str]:
         raise Unable(f"{stray} names no line before it: the gateway did not write it")
     if not seen:
         raise Unable(f"{paths[-1]}: no line has SHA-256 {head}, so its end was cut off, or it is another log")
-    yield f"{lines} lines, {older} of them from before lines were linked; the last has SHA-256 {last[1:-1].decode()}"
+    unlinked = f", {older} of them from before lines were linked" * bool(older)
+    yield f"{lines} lines{unlinked}; the last has SHA-256 {last[1:-1].decode()}"
 
 
 def _open_file(log: LogFile) -> io.FileIO:
@@ -2518,7 +2519,7 @@ class Handler(socketserver.BaseRequestHandler):
 # most --max-connections at a time; the others wait.
 
 
-def listen(place: tuple[str, int], remedy: str) -> socket.socket:
+def listen_at(place: tuple[str, int], remedy: str) -> socket.socket:
     """Listen on HOST:PORT; without HOST on all addresses, of IPv4 and IPv6.  Raises Unable, with the remedy."""
     host, port = place
     both = host in ("", "[::]") and socket.has_dualstack_ipv6()
@@ -2534,7 +2535,7 @@ class _Listener(http.server.ThreadingHTTPServer):
         self.gateway, self.slots = gateway, threading.Semaphore(most)
         super().__init__(place, handler, bind_and_activate=False)
         self.socket.close()  # it is for IPv4 only, and binding it would ask the name service for our name
-        self.socket = listen(place, flag)
+        self.socket = listen_at(place, flag)
         self.port = self.socket.getsockname()[1]  # where the place said 0, the system has chosen one
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -2775,7 +2776,7 @@ def check_ports(settings: Settings) -> Findings:
     """Whether the ports are free."""
     for flag, place in (("--listen", settings.listen), ("--status", settings.status)):
         if place:
-            listen(place, f"{flag}, unless the gateway runs there already").close()
+            listen_at(place, f"{flag}, unless the gateway runs there already").close()
             yield "ok", "{}:{} is free".format(*place)
 
 
