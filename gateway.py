@@ -39,6 +39,7 @@ import base64
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import html
 import http.client
@@ -1093,9 +1094,12 @@ def find_secrets(value: Any, known: Container[bytes], pause: Callable[[], object
     checks = {**_CHECKS, "gateway-key": lambda word: hashlib.sha256(word).digest() in known}
     found: set[str] = set()
     for text in _pieces(value):
-        for name in _PATTERNS.keys() - found:  # what touches the edge of a piece stands inside another one
-            tokens = {match[0] for match in _PATTERNS[name].finditer(text, 2) if match.end() <= len(text) - 2}
-            found.update({name} if any(map(checks.get(name, bool), tokens)) else ())
+        for name in _PATTERNS.keys() - found:
+            tokens = set(filter(checks.get(name, bool), {*_PATTERNS[name].findall(text, 2)}))
+            matches = _PATTERNS[name].finditer(text, 2) if tokens else ()
+            # What touches the edge of a piece stands inside another one.
+            if any(match[0] in tokens and match.end() <= len(text) - 2 for match in matches):
+                found.add(name)
         pause()
     return [name for name in _PATTERNS if name in found]
 
@@ -1105,19 +1109,24 @@ def _pieces(value: Any) -> Iterator[bytes]:
 
     A match depends on up to two bytes before and two behind it, so two line breaks stand around each string.
     """
-    text, values = "\n\n", [value]  # no recursion, since JSON may be nested as deep as Python can parse
+    texts, size, values = [""], 0, [value]  # no recursion, since JSON may be nested as deep as Python can parse
     while values:
         each = values.pop()
-        if isinstance(each, dict):
-            each = [*each, *(map(_without_images, each, each.values()) if "images" in each else each.values())]
-        if isinstance(each, list):
+        if isinstance(each, str):
+            if not each.startswith(("data:image/", "data:audio/")):
+                texts.append(each)
+                size += len(each)
+        elif isinstance(each, dict):
             values += each
-        looked_at = isinstance(each, str) and not each.startswith(("data:image/", "data:audio/"))
-        text += each + "\n\n" if looked_at else "\n"  # one for a number, too, so that many of them end a piece
-        if len(text) > PIECE or not values:
+            values += map(_without_images, each, each.values()) if "images" in each else each.values()
+        elif isinstance(each, list):
+            values += each
+        size += 2  # for a number, too, so that many of them end a piece
+        if size > PIECE or not values:
+            text = "\n\n".join([*texts, ""])
             for at in range(0, len(text), PIECE):
                 yield text[at : at + PIECE + OVERLAP].encode(errors="replace")
-            text = "\n\n"
+            texts, size = [""], 0
 
 
 def _without_images(name: str, value: Any) -> Any:
@@ -2899,6 +2908,9 @@ def dimensions(text: str) -> list[str]:
 
 def serve(settings: Settings) -> int:
     """Serve until a signal says stop.  All mistakes in the settings are found before the port is bound."""
+    # Requests leave no cycles, and the collector of a free-threaded Python stops all threads and walks everything: with
+    # its own threshold, to parse 8 MB of small JSON values takes three times as long.
+    gc.set_threshold(100_000)
     wanted, upstream = settings.max_connections, start_demo() if settings.demo else settings.upstream
     settings = settings._replace(upstream=upstream, max_connections=min(wanted, possible_connections()))
     line = key_line("first", "role=admin")

@@ -1872,7 +1872,7 @@ def test_lines_of_many_threads_stand_whole_in_the_log(tmp_path: Path) -> None:
     close(log)
     assert all(written)
     assert sorted(json.loads(line)["n"] for line in Path(log.path).read_bytes().splitlines()) == list(range(2000))
-    assert [*gateway.verify_log([log.path], None)][-1].startswith("2000 lines, ")
+    assert [*gateway.verify_log([log.path], None)][-1].startswith("2000 lines; ")
 
 
 def test_the_log_is_private(gate: RunningGateway) -> None:
