@@ -1455,7 +1455,8 @@ def open_log(path: str) -> LogFile:
 
 def log_head(log: LogFile) -> str:
     """The number of lines and the last one's digest: who knows it can tell later whether a line was changed."""
-    return f"{log.lines} lines" + (f", the last with SHA-256 {log.head[1:-1].decode()}" if log.head != b"null" else "")
+    last = f", the last with SHA-256 {log.head[1:-1].decode()}" if log.head != b"null" else ""
+    return f"{log.lines} line{'s' * (log.lines != 1)}{last}"
 
 
 def log_news(log: LogFile) -> list[str]:

@@ -2840,7 +2840,7 @@ def test_an_idle_connection_takes_little_memory(start: Callable[..., RunningGate
             client = stack.enter_context(gate.connect())
             client.sendall(request())
             assert client.recv(1)
-        assert (memory(gate) - before) / 300 < 100_000
+        assert (memory(gate) - before) / 300 < 115_000  # 85 kB with OpenSSL 3.0, 105 with 3.6
 
 
 def test_connections_beyond_the_limit_wait(start: Callable[..., RunningGateway]) -> None:
@@ -3783,7 +3783,7 @@ def test_each_line_names_the_digest_of_the_line_before_also_after_a_restart_and_
     eventually(lambda: again.said("moved away; it has 3 lines, ") and (tmp_path / "gateway.log").exists())
     again.ask()
     assert again.stop() == 0
-    assert again.said(r"Gateway stopped; the audit log has 1 lines, ")
+    assert again.said(r"Gateway stopped; the audit log has 1 line, ")
     lines = [*(tmp_path / "gateway.log.1").read_bytes().splitlines(), *eventually(lambda: (tmp_path / "gateway.log").read_bytes().splitlines())]
     assert [json.loads(line)["prev"] for line in lines] == [None, *map(digest_of, lines[:3])]
     assert [*gateway.verify_log([str(tmp_path / "gateway.log.1"), str(tmp_path / "gateway.log")], digest_of(lines[1]))] == [
@@ -3804,7 +3804,7 @@ def test_the_log_is_told_at_midnight(tmp_path: Path, start: Callable[..., Runnin
     gate.ask()
     gate.log(1)
     (tmp_path / "tomorrow").touch()
-    eventually(lambda: gate.said(r"the audit log has 1 lines, the last with SHA-256 [0-9a-f]{64}\n"), seconds=2.0)
+    eventually(lambda: gate.said(r"the audit log has 1 line, the last with SHA-256 [0-9a-f]{64}\n"), seconds=2.0)
 
 
 @pytest.fixture
