@@ -2792,15 +2792,16 @@ def check_ports(settings: Settings) -> Findings:
 
 def check_upstream(settings: Settings) -> Findings:
     """Which server the upstream is, and whether it can be reached around the gateway."""
-    upstream, answer, sock = settings.upstream, b"", Pool(settings).connect().sock
+    upstream, answer, name, sock = settings.upstream, b"", "", Pool(settings).connect().sock
     with contextlib.suppress(OSError, http.client.HTTPException), sock:  # with the time-out for connecting
         sock.sendall(f"GET {upstream.prefix}/api/version HTTP/1.0\r\nHost: {upstream.authority}\r\n\r\n".encode())
         response = http.client.HTTPResponse(sock)
         response.begin()
-        answer = response.read(MAX_HEAD)
+        answer, name = response.read(MAX_HEAD), response.getheader("Server", "")
     told = str(_object(_parsed(answer)).get("version", ""))
     version = told if re.fullmatch(r"[0-9][0-9A-Za-z.+-]{,40}", told) else ""
-    yield "ok", f"the upstream at {upstream.authority} answers{f', it is Ollama {version}' if version else ''}"
+    name = f"Ollama {version}" if version else name[:MAX_LOGGED] if name.isprintable() else ""
+    yield "ok", f"the upstream at {upstream.authority} answers{name and f', it is {name}'}"
     if version and tuple(map(int, re.findall("[0-9]+", version)[:3])) < (0, 17, 1):
         yield "warning", f"Ollama {version} has known holes; update it to 0.17.1 or newer"
     own = own_addresses()

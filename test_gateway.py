@@ -4628,6 +4628,7 @@ CHECKS: dict[str, tuple[str, Callable[[Path], Any], list[str], bytes, int]] = {
     "no such address": ("cannot listen on 192.0.2.1:1:", lambda _: None, ["--status", "192.0.2.1:1"], b"", 1),
     "an old Ollama": ("update it to 0.17.1", lambda _: None, [], ok(b'{"version": "0.13.5"}'), 1),
     "another server": ("answers", lambda _: None, [], ok(b"<html>"), 0),
+    "a server with a name": ("answers, it is llama.cpp", lambda _: None, [], ok(b"{}", "Server: llama.cpp"), 0),
     "a version that is none": ("answers", lambda _: None, [], ok(b'{"version": "1\\u001b[31m"}'), 0),
     "a private key for a group": ("others than its owner may read key.pem", lambda at: (at / "key.pem").chmod(0o640), [], b"", 1),
     "a link that leads nowhere": ("cannot read keys.txt", dangling, [], b"", 2),
