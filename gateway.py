@@ -1542,6 +1542,7 @@ def _was_moved(path: str, file: io.FileIO) -> bool:
 
 DIMENSIONS: Final = ("day", "key", "model", "client")
 COLUMNS: Final = ("requests", "refused", "failed", "prompt", "response", "total", "share")  # behind the dimensions
+MAX_GROUPS: Final = 100_000  # of requests with the same day, key, model and client, which take about 50 MB
 Sums = dict[tuple[str, ...], list[int]]  # by the values of dimensions: the first five columns, and what was charged
 
 
@@ -1561,6 +1562,8 @@ def sum_up(paths: Iterable[str], since: str, until: str, progress: Callable[[str
                     others += 1
                 elif since <= day <= until:
                     group = (day, *(_shown(record.get(name)) for name in DIMENSIONS[1:]))
+                    if len(sums) >= MAX_GROUPS and group not in sums:
+                        group = (*group[:2], "others", "others")
                     refused = record.get("refused") is not None or (record.get("key") is None and status == 403)
                     tokens = (counts.get(name, 0) for name in ("prompt_tokens", "response_tokens", "charged"))
                     numbers = (1, refused, status >= 500 and not refused, *tokens)

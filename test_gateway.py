@@ -3913,6 +3913,15 @@ def test_usage_shows_an_ordinary_name_as_it_is(tmp_path: Path) -> None:
     assert (row["key"], row["share"]) == (name, 0.1)
 
 
+def test_names_without_end_take_no_memory_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "MAX_GROUPS", 10)
+    line = json.loads(usage_log(tmp_path).read_text().splitlines()[0])
+    (tmp_path / "gateway.log").write_text("".join(json.dumps({**line, "model": f"m{number}"}) + "\n" for number in range(30)))
+    sums, _ = gateway.sum_up([str(tmp_path / "gateway.log")], "", "9", len)
+    assert len(sums) == 11
+    assert sums["2026-11-01", "alice", "others", "others"][:4] == [20, 0, 0, 200]
+
+
 def test_hostile_numbers_are_left_out(tmp_path: Path) -> None:
     line = json.loads(usage_log(tmp_path).read_text().splitlines()[0])
     numbers = ({"prompt_tokens": 10**400}, {"charged": 10**400}, {"response_tokens": -7}, {"prompt_tokens": True})
