@@ -2031,9 +2031,9 @@ class Pool:
             while self._idle and (len(self._idle) > POOL_SIZE or time.monotonic() - self._idle[0][0] > POOL_SECONDS):
                 self._idle.popleft()[1].close()
 
-    def connect(self) -> Wire:
+    def connect(self, seconds: float = CONNECT_TIMEOUT) -> Wire:
         """A new connection.  UpstreamError 502."""
-        connection = http.client.HTTPConnection(self.upstream.host, self.upstream.port, timeout=CONNECT_TIMEOUT)
+        connection = http.client.HTTPConnection(self.upstream.host, self.upstream.port, timeout=seconds)
         try:
             connection.connect()
             sock = connection.sock
@@ -2633,7 +2633,7 @@ class StatusServer(_Listener):
             return "404 Not Found", "there is /healthz, /readyz and /metrics"
         if path == b"/readyz":
             try:
-                gateway.pool.connect().close(reset=True)
+                gateway.pool.connect(1.0).close(reset=True)  # a prober soon asks again, while this one still waits
             except UpstreamError as error:
                 reason = str(error)
             reason = reason if is_writable(gateway.log) else "the audit log cannot be written"

@@ -3482,19 +3482,25 @@ def test_limits_are_exact_about_time() -> None:
 
 @measures
 @linux
+@pytest.mark.skipif(gateway.TURN is None, reason="a free-threaded Python gives each thread a heap of its own, which keeps what was freed")
 def test_large_bodies_are_judged_one_at_a_time_and_in_bounded_memory(start: Callable[..., RunningGateway]) -> None:
     gate = start(keys="key-two models=llama3.2\n")
 
     def peak() -> int:
         return int(re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{gate.process.pid}/status").read_text())[0])
 
-    body = b'{"model": "llama3.2", "x": [' + b'{"a":0},' * (gateway.MAX_VALUES // 2 - 10) + b"1]}"
-    too_many = body.replace(b"0},", b"0,,")
-    assert [gate.ask(body=each, key="key-two").status for each in (too_many, body)] == [413, 200]
+    def status_of_one_with(values: int) -> int:
+        body = b'{"model": "llama3.2", "x": [' + b'{"a":0},' * values + b"1]}"
+        with gate.connect(timeout=6 * PATIENCE) as sock:  # the third waits for two others
+            sock.sendall(request(body=body, key="key-two"))
+            return Reader(sock).message(answer_to="POST").status
+
+    some = gateway.MAX_VALUES // 4
+    assert [status_of_one_with(gateway.MAX_VALUES // 2), status_of_one_with(some)] == [413, 200]
     one = peak()
     with ThreadPoolExecutor() as clients:
-        assert {answer.status for answer in clients.map(lambda _: gate.ask(body=body, key="key-two"), range(3))} == {200}
-    assert peak() - one < 100_000
+        assert [*clients.map(status_of_one_with, [some] * 3)] == [200] * 3
+    assert peak() - one < 60_000  # kB; to parse one of them takes 120,000
     assert [line["refused"] for line in gate.log(5)] == ["size", None, None, None, None]
 
 
@@ -4387,12 +4393,13 @@ def test_an_upstream_that_does_not_answer_delays_no_probe_of_the_gateway_itself(
         gate = start("--status", "127.0.0.1:0", "--upstream", f"http://127.0.0.1:{full.getsockname()[1]}")
         full.accept()[0].close()  # it asked whether there is somebody
         with socket.create_connection(full.getsockname()):
-            waiting = [probes.submit(status_of, gate, "/readyz") for _ in range(3)]
-            eventually(lambda: threads_of(gate) == IDLE_THREADS + 1 + 3)
             began = time.monotonic()
+            waiting = [probes.submit(status_of, gate, "/readyz") for _ in range(3)]
+            eventually(lambda: threads_of(gate) > IDLE_THREADS + 1)
             assert status_of(gate, "/healthz") == (200, "ok\n")
             assert time.monotonic() - began < 0.9
             assert {probe.result(PATIENCE)[0] for probe in waiting} == {503}
+            assert time.monotonic() - began < 3.0
 
 
 def test_a_gateway_that_stops_is_not_ready(start: Callable[..., RunningGateway], upstream: FakeUpstream) -> None:
