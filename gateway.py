@@ -2087,8 +2087,8 @@ class Exchange:
     def begin(self, head: bytes) -> None:
         """Send the head, and what there is of the body.  Raises UpstreamError 502."""
         part = self._part or (b"" if self.body.done else self._next_part(b""))
-        self._opening, self._rest = head + part[:READ_SIZE], part[READ_SIZE:]
-        self._open(self._pool.take())
+        self._head, self._part = head, b""
+        self._open(self._pool.take(), head + part)
 
     def upload(self) -> None:
         """Send the rest of the body as it comes, until the upstream answers.  After an interim answer, it may go on.
@@ -2096,11 +2096,10 @@ class Exchange:
         Raises ClientError 408, ClientLeft, UpstreamError 504.
         """
         client, upstream = self._client, self._upstream
-        if self._rest or not self.body.done:
+        if not self.body.done:
             for wire in (client, upstream):
                 wire.sock.setblocking(False)
-            self._push(self._rest)
-            self._rest, self._deadline = b"", time.monotonic() + self._seconds
+            self._deadline = time.monotonic() + self._seconds
         while not (self.body.done or self._given_up or upstream.ahead):
             data = self._receive(upstream)
             received = time.monotonic()
@@ -2119,7 +2118,7 @@ class Exchange:
                 raise
             # The kept connection ended just as it was used again, and this request may be repeated (RFC 9110, 9.2.2).
             self.end()
-            self._open(None)
+            self._open(None, self._head)
             return self.read_head()
         self._kept = False
         head, self._upstream.ahead = found
@@ -2166,8 +2165,8 @@ class Exchange:
         elif upstream:
             upstream.close(reset=True)
 
-    def _open(self, kept: Wire | None) -> None:
-        """Send the opening over a kept connection or a new one."""
+    def _open(self, kept: Wire | None, opening: bytes) -> None:
+        """Send the beginning of the request over a kept connection or a new one."""
         client, self._kept, self._given_up = self._client, kept is not None, False
         if not kept:
             with client.until(client, sys.maxsize):  # connecting has a time-out of its own
@@ -2175,10 +2174,8 @@ class Exchange:
         self._upstream, kept.client = kept, client
         with client.lock:
             client.upstream = kept
-        try:
-            kept.send(self._opening)
-        except UpstreamError:
-            self._given_up = True  # but an upstream that reads no more may have answered
+        kept.sock.setblocking(False)
+        self._push(opening)
 
     def _receive(self, *upstream: Wire) -> bytes:
         """The next bytes of the body; none if the upstream can be read first, or if something woke us for nothing."""
@@ -2201,7 +2198,7 @@ class Exchange:
         return part
 
     def _push(self, data: bytes) -> None:
-        """Send a part of the body.  A blocking write would not notice an upstream that answers instead of reading."""
+        """Send a part of a request.  A blocking write would not notice an upstream that answers instead of reading."""
         try:
             while data := data[self._upstream.send_now(data) :]:
                 with self._client.until(self._upstream):
@@ -2210,7 +2207,7 @@ class Exchange:
                     self._given_up = True
                     return
         except UpstreamError:
-            self._given_up = True  # as in _open()
+            self._given_up = True  # but an upstream that reads no more may have answered
 
     def _hear(self) -> bytes | None:
         """What the upstream has sent meanwhile: bytes, b"" at the end, None if nothing."""
