@@ -2146,8 +2146,11 @@ class Exchange:
         while not self._answer.done:
             self._client.send(self._unsent)
             self._unsent = b""
-            if relay and chunked:
-                self._lend(relay)
+            if relay and chunked:  # which brings the answer, until that would need waiting for the client
+                for wire in (self._upstream, self._client):
+                    wire.sock.setblocking(False)
+                with self._client.until(self._upstream):
+                    _upstreams(relay.carry, self._upstream, self._move)
             if not self._unsent:
                 data = self._upstream.receive(may_end=answer.framing == UNTIL_CLOSE)
                 self._answer.done = not data
@@ -2214,13 +2217,6 @@ class Exchange:
         data = self._upstream.receive_now()
         self._upstream.ahead += data or b""
         return data
-
-    def _lend(self, relay: Relay) -> None:
-        """Let the relay bring the answer, until that would need waiting for the client."""
-        for wire in (self._upstream, self._client):
-            wire.sock.setblocking(False)
-        with self._client.until(self._upstream):
-            _upstreams(relay.carry, self._upstream, self._move)
 
     def _move(self) -> bool:
         """In the relay's thread: move on what has arrived; False if the stream's own thread has to continue."""
