@@ -2053,7 +2053,6 @@ class Exchange:
     `seconds` is how long a client may take for every 4 KiB of the request's body.
     """
 
-    _upstream: Wire
     # Whether the connection was used before, and has not proved good yet; and whether it cannot be used again, since
     # the upstream does not get the rest of the request or sent more than was asked.
     _kept = _given_up = False
