@@ -1765,10 +1765,8 @@ class Wire:
 
     def send(self, data: bytes) -> None:
         """Send all.  The peer is overdue if it takes no TLS record of it (16 KiB) for that long."""
-        sent = 0
-        if TURN:  # usually all of it can be sent at once, and then the thread keeps its turn
-            self.sock.setblocking(False)
-            sent = self.send_now(data)
+        self.sock.setblocking(False)
+        sent = self.send_now(data)  # usually all of it, and then the thread keeps its turn
         while sent < len(data):
             self.sock.setblocking(True)
             with self.client.until(self):
