@@ -1776,7 +1776,7 @@ class Wire:
         """What has arrived: bytes, b"" at the end, None if nothing."""
         return self._now(self.sock.recv, TLS_RECORD)
 
-    def send_now(self, data: bytes) -> int:
+    def send_now(self, data: bytes | memoryview) -> int:
         """Send what can be sent at once, and return how many bytes; the rest, which OpenSSL may hold, must be next."""
         sent = 0
         while sent < len(data) and (more := self._now(self.sock.send, memoryview(data)[sent:] if sent else data)):
@@ -2199,8 +2199,9 @@ class Exchange:
 
     def _push(self, data: bytes) -> None:
         """Send a part of a request.  A blocking write would not notice an upstream that answers instead of reading."""
+        rest = memoryview(data)  # or each partial write would copy what is left
         try:
-            while data := data[self._upstream.send_now(data) :]:
+            while rest := rest[self._upstream.send_now(rest) :]:
                 with self._client.until(self._upstream):
                     ready([(self._upstream, READ | WRITE)], seconds=None)
                 if self._hear() is not None:
