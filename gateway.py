@@ -930,7 +930,7 @@ _FOR_USERS: Final = {
     *((b"GET", path) for path in (b"/api/status", b"/api/ps", b"/v1/models", b"/health", b"/v1/health")),
     *((b"POST", path) for path in (b"/api/show", *INFERENCE)),
 }
-LISTS: Final = {b"/api/tags", b"/api/ps", b"/v1/models"}  # of models
+_LISTS: Final = {b"/api/tags", b"/api/ps", b"/v1/models", b"/models"}  # of models
 FREE: Final = {b"GET", b"HEAD", b"OPTIONS"}  # of limits, since user interfaces poll lists
 _NAMING: Final = {"model", "name", "source", "destination", "from"}  # members that name models in Ollama's API
 
@@ -942,9 +942,18 @@ def check_role(role: str, method: bytes, path: bytes) -> None:
 
 
 def asks_a_model(request: Head) -> bool:
-    """Whether this is a request for inference, also where only some servers read its path so: Ollama decodes it."""
-    path = re.sub(rb"//+", b"/", urllib.parse.unquote_to_bytes(request.path)).rstrip(b"/").lower()
-    return request.method not in FREE and (path in INFERENCE or path in _NATIVE)
+    """Whether this is a request for inference."""
+    return request.method not in FREE and (_read_as(request.path) in INFERENCE or _read_as(request.path) in _NATIVE)
+
+
+def lists_models(request: Head) -> bool:
+    """Whether the answer is a list of models."""
+    return _read_as(request.path) in _LISTS
+
+
+def _read_as(path: bytes) -> bytes:
+    """A path as lenient servers read it: Ollama decodes it, others forgive another case, or a slash too many."""
+    return re.sub(rb"//+", b"/", urllib.parse.unquote_to_bytes(path)).rstrip(b"/").lower()
 
 
 def check_way(request: Head, models: Models) -> None:
@@ -2438,7 +2447,7 @@ class Handler(socketserver.BaseRequestHandler):
         scan = self.settings.scan
         if key.models:
             check_way(request, key.models)
-            if request.path in LISTS:
+            if lists_models(request):
                 request.fields.drop(b"accept-encoding", b"range")  # or the list could not be read
         scanned = scan != "off" and asks_a_model(request) and may_be_scanned(request.fields, scan)
         if not (key.models or scanned):
@@ -2470,7 +2479,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _bring(self, key: Key, request: Head, exchange: Exchange, answer: Head) -> bool:
         """Bring the answer to the client; True if the connection can carry another request."""
         self.record["status"] = answer.status
-        if key.models and request.path in LISTS and answer.status == 200 and request.method != b"HEAD":
+        if key.models and lists_models(request) and answer.status == 200 and request.method != b"HEAD":
             answer = exchange.edit(answer, functools.partial(visible, models=key.models))
         chunked = answer.framing < 0 and request.version == b"1.1"
         keep = keeps_alive(request) and exchange.body.done and not self.gateway.watchman.stopping

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A scripted upstream for programs that ask for more than the demo has: it streams one sentence in three APIs.
 
-python3 .ci/upstream.py PORT
+python3 .ci/scripted.py PORT
 """
 
 from __future__ import annotations
