@@ -1552,6 +1552,7 @@ def _was_moved(path: str, file: io.FileIO) -> bool:
 DIMENSIONS: Final = ("day", "key", "model", "client")
 COLUMNS: Final = ("requests", "refused", "failed", "prompt", "response", "total", "share")  # behind the dimensions
 MAX_GROUPS: Final = 100_000  # of requests with the same day, key, model and client, which take about 50 MB
+COUNTS: Final = ("status", "prompt_tokens", "response_tokens", "charged")  # that a line has
 Sums = dict[tuple[str, ...], list[int]]  # by the values of dimensions: the first five columns, and what was charged
 
 
@@ -1565,16 +1566,14 @@ def sum_up(paths: Iterable[str], since: str, until: str, progress: Callable[[str
         with explained(f"cannot read {path}", "name another"), contextlib.suppress(EOFError), opened(path, "rb") as log:
             for number, line in enumerate(iter(functools.partial(log.readline, READ_SIZE), b""), 1):
                 record = _object(_parsed(line))
-                counts = {name: value for name, value in record.items() if type(value) is int and 0 <= value < 2**53}
-                day, status = str(record.get("timestamp"))[:10], counts.get("status")
-                if not status or not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", day):
+                status, *tokens = [n if type(n := record.get(name)) is int and 0 <= n < 2**53 else 0 for name in COUNTS]
+                group = (str(record.get("timestamp"))[:10], *[str(record.get(name) or "-") for name in DIMENSIONS[1:]])
+                if not status or not (group in sums or re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", group[0])):
                     others += 1
-                elif since <= day <= until:
-                    group = (day, *(_shown(record.get(name)) for name in DIMENSIONS[1:]))
+                elif since <= group[0] <= until:
                     if len(sums) >= MAX_GROUPS and group not in sums:
                         group = (*group[:2], "others", "others")
                     refused = record.get("refused") is not None or (record.get("key") is None and status == 403)
-                    tokens = (counts.get(name, 0) for name in ("prompt_tokens", "response_tokens", "charged"))
                     numbers = (1, refused, status >= 500 and not refused, *tokens)
                     sums[group] = [*map(int.__add__, sums.get(group, [0] * 6), numbers)]
                 if number % 100_000 == 0:
@@ -1582,17 +1581,16 @@ def sum_up(paths: Iterable[str], since: str, until: str, progress: Callable[[str
     return sums, others
 
 
-def _shown(name: Any) -> str:
+def _shown(name: str) -> str:
     """A name, with what could control a terminal escaped."""
-    text = str(name or "-")
-    return text if text.isprintable() else repr(text)[1:-1]
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def usage_report(sums: Sums, by: Sequence[str], limits: dict[str, int]) -> Iterator[list[Any]]:
     """The report by some of the dimensions; `limits` are the tokens a day of the keys that have a limit."""
     grouped = Sums()
     for names, numbers in sums.items():
-        group = tuple(names[DIMENSIONS.index(name)] for name in by)
+        group = tuple(_shown(names[DIMENSIONS.index(name)]) for name in by)
         grouped[group] = [*map(int.__add__, grouped.get(group, [0] * 6), numbers)]
     total = ("total", *[""] * (len(by) - 1)), [*map(sum, zip([0] * 6, *sums.values()))]
     yield [*by, *COLUMNS]
