@@ -166,6 +166,7 @@ def origin_pattern(scheme: str | None, host: str, port: str | None) -> re.Patter
 
 
 HOST_NAME: Final = r"(?:\*\.)?[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*"  # names of Docker's services may contain _
+NAME: Final = rf"({HOST_NAME})|([0-9A-Fa-f:.]+)"  # or an IP address
 IPV6: Final = r"\[[0-9A-Fa-f:.]+\]"
 PORT: Final = "0|[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"  # up to 65535
 URL: Final = rf"(?=[!-~]+\Z)(?i:http(s?))://(({IPV6}|[^][/?#@:]+)(?::({PORT})?)?)((?:/[^?#]*)?)"
@@ -173,21 +174,18 @@ URL: Final = rf"(?=[!-~]+\Z)(?i:http(s?))://(({IPV6}|[^][/?#@:]+)(?::({PORT})?)?
 ORIGIN: Final = rf"\*|(?!(?i:https?)://\*(?::|\Z))([A-Za-z][A-Za-z0-9+.-]*)://(\*|{IPV6}|{HOST_NAME})(?::(\*|{PORT}))?"
 PLACE: Final = rf"({IPV6}|[0-9A-Za-z._-]*):({PORT})"
 
-# The kinds of values: the type, the placeholder in the help text, and the function that reads the text of one value.
-Switch = Annotated[bool, "", functools.partial(read, "(?i:(1|t|true|y|yes|on)|0|f|false|n|no|off)", bool)]
-Place = Annotated[tuple[str, int], "HOST:PORT", functools.partial(
-    read, PLACE, lambda host, port: (host, int(port)))]  # fmt: skip
-Status = Annotated[tuple[Any, ...], "HOST:PORT", functools.partial(
-    read, f"off|{PLACE}", lambda host, port: (host, int(port)) if port else ())]  # fmt: skip
-Url = Annotated[Upstream, "URL", functools.partial(read, URL, upstream_url)]
-File = Annotated[str, "FILE", str]
-Mode = Annotated[str, "MODE", functools.partial(read, "(off|flag|block)", str)]
-Names = Annotated[Sequence[str], "HOST", functools.partial(
-    read, rf"({HOST_NAME})|([0-9A-Fa-f:.]+)", lambda name, ip: name or str(ipaddress.ip_address(ip)))]  # fmt: skip
-Nets = Annotated[Sequence[ipaddress.IPv4Network], "NET", functools.partial(read, "(.+)", ipaddress.ip_network)]
-Origins = Annotated[Sequence[re.Pattern[str]], "ORIGIN", functools.partial(read, ORIGIN, origin_pattern)]
-Count = Annotated[int, "N", functools.partial(read, "([1-9][0-9]{0,5})", int)]
-Seconds = Annotated[float, "S", functools.partial(read, r"((?!0*\.?0*$)[0-9]{1,6}(?:\.[0-9]{1,3})?)", float)]
+# The kinds of values: the type, the placeholder in the help text, the pattern of one value, and how it is read.
+Switch = Annotated[bool, "", "(?i:(1|t|true|y|yes|on)|0|f|false|n|no|off)", bool]
+Place = Annotated[tuple[str, int], "HOST:PORT", PLACE, lambda host, port: (host, int(port))]
+Status = Annotated[tuple[Any, ...], "HOST:PORT", f"off|{PLACE}", lambda host, port: (host, int(port)) if port else ()]
+Url = Annotated[Upstream, "URL", URL, upstream_url]
+File = Annotated[str, "FILE", "(?s:(.+))", str]
+Mode = Annotated[str, "MODE", "(off|flag|block)", str]
+Names = Annotated[Sequence[str], "HOST", NAME, lambda name, ip: name or str(ipaddress.ip_address(ip))]
+Nets = Annotated[Sequence[ipaddress.IPv4Network], "NET", "(.+)", ipaddress.ip_network]
+Origins = Annotated[Sequence[re.Pattern[str]], "ORIGIN", ORIGIN, origin_pattern]
+Count = Annotated[int, "N", "([1-9][0-9]{0,5})", int]
+Seconds = Annotated[float, "S", r"((?!0*\.?0*$)[0-9]{1,6}(?:\.[0-9]{1,3})?)", float]
 
 
 def fault(error: BaseException) -> str:
@@ -3048,9 +3046,9 @@ def say(text: str) -> None:
             print(lines.pop(0), file=sys.stderr, flush=True)
 
 
-# For each option: its flag, the placeholder of its value, the function that reads a value, the default, the purpose.
-_SETTINGS: Final = get_type_hints(Settings, include_extras=True)
-OPTIONS: Final = [("--" + name.replace("_", "-"), *hint.__metadata__) for name, hint in _SETTINGS.items()]
+# For each option: its flag, its environment variable, what its kind says (see Settings), the default, and the purpose.
+OPTIONS: Final = [("--" + name.replace("_", "-"), "GATEWAY_" + name.upper(), *hint.__metadata__)
+                  for name, hint in get_type_hints(Settings, include_extras=True).items()]  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str]) -> Settings:
@@ -3058,17 +3056,17 @@ def parse_arguments(argv: Sequence[str]) -> Settings:
     parser = _Parser("", (__doc__ or "").partition("\n")[0])
     parser.epilog = "Also: keygen [NAME] [OPTION...], check, usage [FILE...], verify-log FILE..."
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
-    for flag, what, _, default, about in OPTIONS:
-        variable = "GATEWAY_" + flag[2:].replace("-", "_").upper()
+    for flag, variable, what, _, _, default, about in OPTIONS:
         how: Any = {"action": "append", "metavar": what} if what else {"action": "append_const", "const": "yes"}
         note = f"{about} [{variable}; {f'default {default}' if default else 'repeatable'}]"
         parser.add_argument(flag, dest=variable, help=note, **how)
-    values: list[Any] = []
-    for (flag, what, read, default, about), (variable, given) in zip(OPTIONS, vars(parser.parse(argv)).items()):
-        text = os.environ.get(variable, "").strip()
+    flags, values = vars(parser.parse(argv)), list[Any]()
+    for flag, variable, what, pattern, convert, default, about in OPTIONS:
+        given, text = flags[variable], os.environ.get(variable, "").strip()
         texts = given or ([text or default] if default else re.findall(r"[^,\s]+", text))
         with explained(f"{flag if given else variable} is not understood", f"it takes {what or 'yes or no'}: {about}"):
-            values.append(read(texts[-1]) if default else [*map(read, texts)])  # the last flag wins
+            found = [read(pattern, convert, each) for each in texts]
+            values.append(found[-1] if default else found)  # the last flag wins
     return Settings(*values)
 
 

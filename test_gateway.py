@@ -632,15 +632,16 @@ def recorded(name: str) -> bytes:
 
 @pytest.mark.parametrize("option", gateway.OPTIONS[1:], ids=lambda option: option[0])
 def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    flag, _, parse, default, _ = option
+    flag, variable, what, pattern, convert, default, _ = option
     examples = {"--listen": ("[::1]:1", "h:2"), "--upstream": ("https://a/b", "http://c:1"),
                 "--cors-origin": ("https://a", "https://b:1"), "--name": ("a_b", "::1"), "--scan": ("flag", "block"),
                 "--status": ("[::1]:1", "h:2"), "--trusted-proxy": ("10.0.0.0/8", "fd00::/8")}
-    variable, name = "GATEWAY_" + flag[2:].upper().replace("-", "_"), flag[2:].replace("-", "_")
+    name = flag[2:].replace("-", "_")
     first, second = examples.get(flag, ("7", "9"))
 
     def of(value: str | None) -> Any:
-        return ([parse(value)] if value else []) if default is None else parse(value or default)
+        values = [gateway.read(pattern, convert, each) for each in [value or default] if each]
+        return values if default is None else values[0]
 
     monkeypatch.setenv(variable, "")
     assert getattr(gateway.parse_arguments([]), name) == of(None)
@@ -648,8 +649,8 @@ def test_a_flag_wins_over_its_variable_and_that_over_the_default(option: Any, mo
     assert getattr(gateway.parse_arguments([]), name) == of(first)
     assert getattr(gateway.parse_arguments([flag, second]), name) == of(second)
     monkeypatch.setenv(variable, "<")
-    if parse is not str:
-        with pytest.raises(gateway.OperatorError, match=rf"^{variable} is not understood; it takes {re.escape(option[1])}: "):
+    if what != "FILE":
+        with pytest.raises(gateway.OperatorError, match=rf"^{variable} is not understood; it takes {re.escape(what)}: "):
             gateway.parse_arguments([])
     assert getattr(gateway.parse_arguments([flag, second]), name) == of(second)
 
@@ -711,7 +712,7 @@ def test_an_origin_may_have_wildcards_and_matches_as_browsers_write_it(value: st
 
 @pytest.mark.parametrize("arguments", [
     ["--nonsense"], ["--list", ":1"], ["serve"], ["keygen", "two words"], ["--listen", "8443"], ["--listen", ":99999"],
-    ["--listen", "::1:8443"], ["--upstream", "localhost:11434"], ["--upstream", "ftp://x"], ["--upstream", "http://u:p@x"],
+    ["--listen", "::1:8443"], ["--log", ""], ["--upstream", "localhost:11434"], ["--upstream", "ftp://x"], ["--upstream", "http://u:p@x"],
     ["--upstream", "http://x?y"], ["--upstream", "http://x:port"], ["--upstream", "http://a..b"], ["--max-connections", "0"], ["--max-connections", "1.5"],
     ["--grace", "0"], ["--grace", "-1"], ["--grace", "nan"], ["--grace", "1e3"], ["--cors-origin", "https://x/"],
     *(["--cors-origin", origin] for origin in (
@@ -3097,9 +3098,9 @@ def test_the_zipapp_is_small_reproducible_and_keeps_exit_statuses(tmp_path: Path
 
 def test_the_reference_lists_every_flag_as_it_is() -> None:
     reference = (HERE / ".github" / "docs" / "reference.md").read_text()
-    for flag, _, _, default, _ in gateway.OPTIONS:
+    for flag, variable, *_, default, _ in gateway.OPTIONS:
         row = next(line for line in reference.splitlines() if line.startswith(f"| `{flag}"))
-        assert "GATEWAY_" + flag[2:].upper().replace("-", "_") in row
+        assert variable in row
         assert default is None or default in row
 
 
