@@ -2640,9 +2640,8 @@ class StatusServer(_Listener):
         """The samples that are not counted."""
         with self.gateway.watchman.lock:
             clients = list(self.gateway.watchman.clients)
-        in_flight, waiting = sum(client.upstream is not None for client in clients), len(self.gateway.log.kept)
-        now: dict[str, float] = {"gateway_requests_in_flight": in_flight, "gateway_connections": len(clients)}
-        now["gateway_audit_lines_waiting"] = waiting
+        now = {"gateway_connections": float(len(clients)), "gateway_audit_lines_waiting": len(self.gateway.log.kept),
+               "gateway_requests_in_flight": sum(client.upstream is not None for client in clients)}  # fmt: skip
         with contextlib.suppress(OperatorError):  # the certificate is being exchanged
             until = describe_certificate(self.gateway.settings.cert, ())[1]
             now["gateway_certificate_expiry_timestamp_seconds"] = until.timestamp()
