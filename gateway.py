@@ -1900,16 +1900,14 @@ class Watchman:
     def __init__(self) -> None:
         self.leaving = False  # from then on, --status says that requests should go elsewhere
         self.stopping = False  # from then on, nobody waits for another request
-        self.clients: set[Client] = set()  # all there are; used under the lock
-        self.lock = threading.RLock()  # reentrant for the same reason as a wire's
+        self.clients: set[Client] = set()  # all there are; other threads copy it, which takes one step
         self._minute = 0.0  # in which something was told last that clients can cause at will
 
     def run(self) -> None:
         """Look at all connections, again and again.  Nothing in here blocks."""
         while True:
             time.sleep(TICK)
-            with self.lock:
-                clients = list(self.clients)
+            clients = self.clients.copy()
             left = ready([(client, GONE) for client in clients if client.upstream], seconds=0)
             for client in clients:
                 with client.lock:
@@ -1917,16 +1915,14 @@ class Watchman:
 
     def may_report(self) -> bool:
         """Whether to report what clients can cause at will: at most once a minute."""
-        with self.lock:
-            before, self._minute = self._minute, time.monotonic() // 60 + 1
-            return self._minute != before
+        before, self._minute = self._minute, time.monotonic() // 60 + 1
+        return self._minute != before
 
     def end_all(self) -> None:
         """Break off all connections, so that what is in flight is logged."""
-        with self.lock:
-            for client in self.clients:
-                with client.lock:
-                    client.end()
+        for client in self.clients.copy():
+            with client.lock:
+                client.end()
 
 
 def ready(wanted: Sequence[tuple[Wire, int]], seconds: float | None) -> set[Wire]:
@@ -2272,8 +2268,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """The life of a connection."""
-        with self.gateway.watchman.lock:
-            self.gateway.watchman.clients.add(self.wire)
+        self.gateway.watchman.clients.add(self.wire)
         if self._shake_hands():
             seconds = self.settings.header_timeout
             while self._await_request(seconds) and self._one_request():
@@ -2283,8 +2278,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def finish(self) -> None:
         """Close the connection, whatever happened."""
-        with self.gateway.watchman.lock:
-            self.gateway.watchman.clients.discard(self.wire)
+        self.gateway.watchman.clients.discard(self.wire)
         self.wire.close()
         del self.wire.client, self.wire.objection  # or only the garbage collector would free what OpenSSL holds
 
@@ -2638,8 +2632,7 @@ class StatusServer(_Listener):
 
     def _now(self) -> dict[str, float]:
         """The samples that are not counted."""
-        with self.gateway.watchman.lock:
-            clients = list(self.gateway.watchman.clients)
+        clients = self.gateway.watchman.clients.copy()
         now = {"gateway_connections": float(len(clients)), "gateway_audit_lines_waiting": len(self.gateway.log.kept),
                "gateway_requests_in_flight": sum(client.upstream is not None for client in clients)}  # fmt: skip
         with contextlib.suppress(OperatorError):  # the certificate is being exchanged
