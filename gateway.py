@@ -1741,7 +1741,7 @@ class Wire:
     """A connected socket, TLS or plain, whose peer may do nothing for `patience` seconds.
 
     `overdue` makes the exception for a peer that takes longer, and `broken` the one for a connection that breaks.
-    The methods named ..._now need the socket in non-blocking mode.
+    The methods named ..._now do not block.
     """
 
     client: Client  # whose connection it serves: a client's wire its own, an upstream's the one that uses it now
@@ -1770,7 +1770,6 @@ class Wire:
 
     def send(self, data: bytes) -> None:
         """Send all.  The peer is overdue if it takes no TLS record of it (16 KiB) for that long."""
-        self.sock.setblocking(False)
         sent = self.send_now(data)  # usually all of it, and then the thread keeps its turn
         while sent < len(data):
             self.sock.setblocking(True)
@@ -1791,6 +1790,8 @@ class Wire:
     def _now(self, call: Callable[[Any], T], argument: Any) -> T | None:
         """Make a call on the socket; None if it would have had to block."""
         try:
+            if self.sock.getblocking():
+                self.sock.setblocking(False)
             return call(argument)
         except _NOT_NOW:
             return None
@@ -2066,7 +2067,6 @@ class Exchange:
     def read_whole(self, hold: Callable[[int], None]) -> bytes:
         """Read the whole body before anything is sent.  Raises ClientError 408 and 413, and what hold(size) raises."""
         content, data = bytearray(), self._client.ahead
-        self._client.sock.setblocking(False)
         self._deadline = time.monotonic() + self._seconds
         while not self.body.done:
             hold(len(data))
@@ -2093,11 +2093,8 @@ class Exchange:
 
         Raises ClientError 408, ClientLeft, UpstreamError 504.
         """
-        client, upstream = self._client, self._upstream
-        if not self.body.done:
-            for wire in (client, upstream):
-                wire.sock.setblocking(False)
-            self._deadline = time.monotonic() + self._seconds
+        upstream = self._upstream
+        self._deadline = time.monotonic() + self._seconds
         while not (self.body.done or self._given_up or upstream.ahead):
             data = self._receive(upstream)
             received = time.monotonic()
@@ -2145,8 +2142,6 @@ class Exchange:
             self._client.send(self._unsent)
             self._unsent = b""
             if relay and chunked:  # which brings the answer, until that would need waiting for the client
-                for wire in (self._upstream, self._client):
-                    wire.sock.setblocking(False)
                 with self._client.until(self._upstream):
                     _upstreams(relay.carry, self._upstream, self._move)
             if not self._unsent:
@@ -2175,7 +2170,6 @@ class Exchange:
         self._upstream, kept.client = kept, client
         with client.lock:
             client.upstream = kept
-        kept.sock.setblocking(False)
         self._push(opening)
 
     def _receive(self, *upstream: Wire) -> bytes:
