@@ -74,7 +74,7 @@ __version__ = "1.0.0"
 
 # --- Settings ---
 # What can be configured, how its text is read, and what other sections need before anything else: the two errors
-# that are meant for the operator, files that are followed while the gateway runs, and files that it creates.
+# that are meant for the operator, files that are followed while the gateway runs and that it creates, and waiting.
 
 # Limits that nobody should have to change, each with its unit and with the reason or the precedent for its value.
 MAX_HEAD: Final = 32 * 1024  # bytes of a message head: nginx allows 4 x 8 KiB, Node.js 16 KiB
@@ -258,6 +258,23 @@ def create_file(path: str, content: bytes, mode: int) -> bool:
                 return False
             whole.rename(path)
     return True
+
+
+READ: Final = getattr(select, "POLLIN", 1)
+WRITE: Final = getattr(select, "POLLOUT", 4)
+GONE: Final = getattr(select, "POLLRDHUP", 0)  # Linux: the peer has left, even behind unread bytes; elsewhere POLLHUP
+
+
+def ready(wanted: dict[int, int], seconds: float | None) -> set[int]:
+    """The descriptors for which one of their events (READ, WRITE, GONE) happens within that time; None is for ever."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        for descriptor, events in wanted.items():
+            poll.register(descriptor, events)
+        return {descriptor for descriptor, _ in poll.poll(None if seconds is None else seconds * 1000)}
+    # Windows, where only sending to a client tells that it has left
+    reading, writing = ([each for each, events in wanted.items() if events & event] for event in (READ, WRITE))
+    return set().union(*(select.select(reading, writing, [], seconds) if reading or writing else ()))
 
 
 # --- API keys ---
@@ -1445,11 +1462,7 @@ def unwritten_lines(log: LogFile) -> bytes:
 
 def takes_a_line(descriptor: int, patience: float) -> bool:
     """Whether a write of up to 4096 bytes, PIPE_BUF, would not block, now or within that many seconds."""
-    if not hasattr(select, "poll"):  # Windows
-        return True
-    poll = select.poll()
-    poll.register(descriptor, select.POLLOUT)
-    return bool(poll.poll(patience * 1000))
+    return not hasattr(select, "poll") or bool(ready({descriptor: WRITE}, patience))  # Windows asks sockets only
 
 
 def open_log(path: str) -> LogFile:
@@ -1713,10 +1726,6 @@ class Metrics:
 # writes down its deadline, and which error it means to miss it.  One thread, the watchman, looks at all deadlines four
 # times a second.  Where one has passed, it shuts the socket down, below TLS, so that the blocked call returns.
 
-READ: Final = getattr(select, "POLLIN", 1)
-WRITE: Final = getattr(select, "POLLOUT", 4)
-GONE: Final = getattr(select, "POLLRDHUP", 0)  # Linux: the peer has left, even behind unread bytes; elsewhere POLLHUP
-
 NO_LINGER: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER, so that closing is a reset
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -1861,7 +1870,7 @@ class Client(Wire):
             verdict, self.verdict = self.verdict, None
         return verdict or wire.broken()
 
-    def look(self, now: float, left: set[Wire], stopping: bool) -> None:
+    def look(self, now: float, left: bool, stopping: bool) -> None:
         """For the watchman, which holds the lock: intervene if the deadline has passed or the client has left."""
         deadline, wire, overdue = self.wait or (sys.maxsize, self, ClientLeft)
         objection = self.objection()
@@ -1872,7 +1881,7 @@ class Client(Wire):
             how = socket.SHUT_RDWR if self.verdict else socket.SHUT_RD
             self.verdict = self.verdict or objection or overdue()  # before the thread wakes and asks for it
             wire.shut_down(how)
-        elif self.upstream and self in left and not self.verdict:
+        elif self.upstream and left and not self.verdict:
             self.end()
 
     def end(self) -> None:
@@ -1909,10 +1918,10 @@ class Watchman:
         while True:
             time.sleep(TICK)
             clients = self.clients.copy()
-            left = ready([(client, GONE) for client in clients if client.upstream], seconds=0)
+            left = ready({client.descriptor: GONE for client in clients if client.upstream}, seconds=0)
             for client in clients:
                 with client.lock:
-                    client.look(time.monotonic(), left, self.stopping)
+                    client.look(time.monotonic(), client.descriptor in left, self.stopping)
 
     def may_report(self) -> bool:
         """Whether to report what clients can cause at will: at most once a minute."""
@@ -1924,20 +1933,6 @@ class Watchman:
         for client in self.clients.copy():
             with client.lock:
                 client.end()
-
-
-def ready(wanted: Sequence[tuple[Wire, int]], seconds: float | None) -> set[Wire]:
-    """The wires on which one of their events (READ, WRITE, GONE) happens within that time; None waits for ever."""
-    wires = {wire.descriptor: wire for wire, _ in wanted}
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        for wire, events in wanted:
-            poll.register(wire.descriptor, events)
-        return {wires[descriptor] for descriptor, _ in poll.poll(None if seconds is None else seconds * 1000)}
-    # Windows, where only sending to a client tells that it has left
-    reading, writing = ([wire.descriptor for wire, events in wanted if events & event] for event in (READ, WRITE))
-    found = select.select(reading, writing, [], seconds) if reading or writing else ()
-    return {wires[descriptor] for descriptors in found for descriptor in descriptors}
 
 
 # --- Relay ---
@@ -2016,7 +2011,7 @@ class Pool:
         while True:
             with self._lock:
                 wire = self._idle.pop()[1] if self._idle else None
-            if not wire or not ready([(wire, READ)], seconds=0):
+            if not wire or not ready({wire.descriptor: READ}, seconds=0):
                 return wire
             wire.close(reset=True)
 
@@ -2178,7 +2173,7 @@ class Exchange:
         with client.until(client, self._deadline, lambda: ClientError(408, "the request's body came too slowly")):
             data = client.receive_now()
             if data is None:
-                ready([(wire, READ) for wire in (client, *upstream)], seconds=None)
+                ready({wire.descriptor: READ for wire in (client, *upstream)}, seconds=None)
         if data == b"":
             raise client.reason(client)
         self._progress += len(data or b"")
@@ -2198,7 +2193,7 @@ class Exchange:
         try:
             while rest := rest[self._upstream.send_now(rest) :]:
                 with self._client.until(self._upstream):
-                    ready([(self._upstream, READ | WRITE)], seconds=None)
+                    ready({self._upstream.descriptor: READ | WRITE}, seconds=None)
                 if self._hear() is not None:
                     self._given_up = True
                     return
