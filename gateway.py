@@ -2003,27 +2003,25 @@ class Pool:
         self._tls = ssl.create_default_context() if self.upstream.tls else None
         if self._tls:
             self._tls.options &= ~0x80  # OP_IGNORE_UNEXPECTED_EOF: Python 3.9 sets it, and has no name for it
-        self._lock = threading.Lock()
-        self._idle: deque[tuple[float, Wire]] = deque()  # (since when, connection), oldest first
+        # (since when, connection), oldest first.  Several threads take from it at a time, and may find it empty.
+        self._idle: deque[tuple[float, Wire]] = deque()
 
     def take(self) -> Wire | None:
         """The kept connection that was used last, if any.  One that has ended, or sent something unasked, is closed."""
-        while True:
-            with self._lock:
-                wire = self._idle.pop()[1] if self._idle else None
-            if not wire or not ready({wire.descriptor: READ}, seconds=0):
-                return wire
-            wire.close(reset=True)
+        with contextlib.suppress(IndexError):
+            while ready({(wire := self._idle.pop()[1]).descriptor: READ}, seconds=0):
+                wire.close(reset=True)
+            return wire
+        return None
 
     def give_back(self, wire: Wire) -> None:
         """Keep a connection that is ready for another request."""
-        with self._lock:
-            self._idle.append((time.monotonic(), wire))
+        self._idle.append((time.monotonic(), wire))
 
     def prune(self) -> None:
         """Close those that are too old or too many."""
-        with self._lock:
-            while self._idle and (len(self._idle) > POOL_SIZE or time.monotonic() - self._idle[0][0] > POOL_SECONDS):
+        with contextlib.suppress(IndexError):
+            while len(self._idle) > POOL_SIZE or time.monotonic() - self._idle[0][0] > POOL_SECONDS:
                 self._idle.popleft()[1].close()
 
     def connect(self, seconds: float = CONNECT_TIMEOUT) -> Wire:
