@@ -1398,18 +1398,20 @@ def _counts(value: Any) -> tuple[int | None, int | None]:
 
 
 class LogFile:
-    """The audit log as it is open now, and the lines that wait to be written.
+    """The audit log as it is open now, and the lines that wait to be written.  Raises OperatorError if it cannot open.
 
     All threads share it, so its attributes are changed only while holding the lock.
     """
 
+    may_block: bool  # whether it is a pipe, a terminal or the like, whose reader may stop reading
+
     def __init__(self, path: str) -> None:
         self.path, self.lock = path, threading.RLock()
-        self.file: io.FileIO | None = None
-        self.may_block = False  # whether it is a pipe, a terminal or the like, whose reader may stop reading
         self.kept, self.written = deque[bytes](), 0  # the lines that wait, and how many bytes of the first were written
         self.whole = True  # what log_news() told the operator last
         self.head, self.lines = b"null", 0  # the last line's digest, as the next one says it, and the number of lines
+        with explained(f"cannot write to {path}", "choose another --log"):
+            self.file: io.FileIO | None = _open_file(self)
 
 
 def new_record(client: str, flags: list[str] | None = None, status: int = 500) -> dict[str, Any]:
@@ -1454,23 +1456,9 @@ def is_writable(log: LogFile, tolerated: int = 0) -> bool:
     return (log.file is not None and not log.kept) or len(log.kept) < tolerated or append_line(log)
 
 
-def unwritten_lines(log: LogFile) -> bytes:
-    """Try a last time to write the lines that wait, and return them if that fails, to be shown at the end."""
-    with log.lock:
-        return b"" if append_line(log) else b"".join(log.kept)
-
-
 def takes_a_line(descriptor: int, patience: float) -> bool:
     """Whether a write of up to 4096 bytes, PIPE_BUF, would not block, now or within that many seconds."""
     return not hasattr(select, "poll") or bool(ready({descriptor: WRITE}, patience))  # Windows asks sockets only
-
-
-def open_log(path: str) -> LogFile:
-    """Open the log before the gateway serves, so that a path that cannot be written to is found at once."""
-    log = LogFile(path)
-    with explained(f"cannot write to {path}", "choose another --log"):
-        _open_file(log)
-    return log
 
 
 def log_head(log: LogFile) -> str:
@@ -2901,7 +2889,7 @@ def serve(settings: Settings) -> int:
         raise OperatorError(f"{settings.keys} holds no key; add one: python3 gateway.py keygen >> {settings.keys}")
     context = Watched(lambda: tls_context(settings.cert, settings.cert_key), settings.cert, settings.cert_key)
     metrics = Metrics() if settings.status else None
-    gateway = Gateway(settings, keys, open_log(settings.log), Pool(settings), Limits(), Watchman(), say, metrics)
+    gateway = Gateway(settings, keys, LogFile(settings.log), Pool(settings), Limits(), Watchman(), say, metrics)
     if any(key.tokens for key in keys.value.values()) and not gateway.log.may_block:  # a pipe would never end
         today = datetime.now(timezone.utc).date()
         gateway.limits.charged[today] = charged_on(settings.log, today)
@@ -2952,7 +2940,7 @@ def keep_house(server: Server) -> int:
     server.shutdown()
     server.server_close()
     server.drain(gateway.settings.grace)
-    unwritten = unwritten_lines(gateway.log).decode()
+    unwritten = "" if append_line(gateway.log) else b"".join(gateway.log.kept.copy()).decode()
     failed = f", but could not write these audit lines:\n{unwritten}" if unwritten else ""
     say(f"Gateway stopped; the audit log has {log_head(gateway.log)}{failed}")
     return 1 if unwritten else 0
