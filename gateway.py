@@ -1717,10 +1717,7 @@ class Metrics:
 NO_LINGER: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER, so that closing is a reset
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-# A thread that gives up the interpreter's lock for a system call, while others want it, sleeps until it gets it back.
-# So the connections' threads take turns: each keeps its turn from the bytes that woke it until it blocks again, which
-# halves the CPU of 1000 streams.  An interpreter without that lock needs neither turns nor a relay.
-TURN: Final = threading.Lock() if getattr(sys, "_is_gil_enabled", lambda: True)() else None
+HAS_GIL: Final = getattr(sys, "_is_gil_enabled", lambda: True)()  # else threads run at the same time
 
 
 class ClientLeft(Exception):
@@ -1767,7 +1764,7 @@ class Wire:
 
     def send(self, data: bytes) -> None:
         """Send all.  The peer is overdue if it takes no TLS record of it (16 KiB) for that long."""
-        sent = self.send_now(data)  # usually all of it, and then the thread keeps its turn
+        sent = self.send_now(data)  # usually all of it
         while sent < len(data):
             self.sock.setblocking(True)
             with self.client.until(self):
@@ -1840,14 +1837,10 @@ class Client(Wire):
         return self
 
     def __enter__(self) -> None:
-        """Let other threads take their turn while this one is blocked."""
-        if TURN:
-            TURN.release()
+        """All has been noted by until()."""
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """The call has returned.  An OSError is replaced by its reason."""
-        if TURN:
-            TURN.acquire()
         wait, self.wait = self.wait, None
         if wait and isinstance(error, OSError):
             raise self.reason(wait[1]) from error
@@ -1955,9 +1948,8 @@ class Relay:
         try:
             while True:
                 found = self._poll.poll()
-                with TURN or contextlib.nullcontext():
-                    for descriptor, _ in found:
-                        self._move(descriptor)
+                for descriptor, _ in found:
+                    self._move(descriptor)
         finally:
             for _, returned in self._loans.values():  # or their threads would sleep for ever, and log nothing
                 returned.put(None)
@@ -2146,8 +2138,7 @@ class Exchange:
         """Send the beginning of the request over a kept connection or a new one."""
         client, self._kept, self._given_up = self._client, kept is not None, False
         if not kept:
-            with client.until(client, sys.maxsize):  # connecting has a time-out of its own
-                kept = self._pool.connect()
+            kept = self._pool.connect()
         self._upstream, kept.client = kept, client
         with client.lock:
             client.upstream = kept
@@ -2356,8 +2347,7 @@ class Handler(socketserver.BaseRequestHandler):
         if key:
             self.record["key"], self.record["charged"] = key.name, 0 if key.tokens else None
         if flaw == "trap":
-            with self.wire.until(self.wire, sys.maxsize):  # nobody waits while the terminal does not take the line
-                self.gateway.report(f"the trap key {self.record['key']} was used from {self.record['client']}")
+            self.gateway.report(f"the trap key {self.record['key']} was used from {self.record['client']}")
         if flaw or not key:
             raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY", flaw)
         if not is_writable(self.gateway.log):
@@ -2420,9 +2410,8 @@ class Handler(socketserver.BaseRequestHandler):
         record, known = self.record, self.gateway.keys.value
         self._continue(request, exchange)
         content = exchange.read_whole(self.gateway.limits.hold)
-        # This takes so long that others have a turn, and for a large body so much memory that no other has.
-        alone = self.gateway.limits.large if len(content) > READ_SIZE else contextlib.nullcontext()
-        with self.wire.until(self.wire, sys.maxsize), alone:
+        # A large body takes so much memory when it is parsed that only one is parsed at a time.
+        with self.gateway.limits.large if len(content) > READ_SIZE else contextlib.nullcontext():
             value = parse_strictly(content, request) if key.models else prompt_of(content, scan)
             members = {name.casefold(): each for name, each in _object(value).items()}
             record["model"] = model_among(members, request.target)
@@ -2555,16 +2544,15 @@ class Server(_Listener):
 
     def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], with_relay: bool = True) -> None:
         self.context, settings = context, gateway.settings
-        self.relay = Relay() if with_relay and TURN and hasattr(select, "epoll") else None
+        self.relay = Relay() if with_relay and HAS_GIL and hasattr(select, "epoll") else None
         handler = functools.partial(Handler, gateway, self.relay)
         super().__init__(gateway, settings.listen, "--listen", settings.max_connections, handler)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Have Handler handle the connection over TLS."""
-        with TURN or contextlib.nullcontext():
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
-            request = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-            super().finish_request(request, client_address)
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
+        request = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        super().finish_request(request, client_address)
 
     def drain(self, grace: float) -> None:
         """Let running requests finish for `grace` seconds; then end them, so that they are logged."""
