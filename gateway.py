@@ -1756,7 +1756,7 @@ class Wire:
         self.sock.setblocking(True)
         with self.client.until(self, deadline, overdue):
             data = self.sock.recv(self._size)
-        if not data and (self.client.verdict or not may_end):
+        if not data and not may_end:
             raise self.client.reason(self)
         # A large buffer costs memory in every thread, so only a connection that fills the small one gets it.
         self._size = self._most if len(data) == self._size else TLS_RECORD
@@ -1840,9 +1840,9 @@ class Client(Wire):
         """All has been noted by until()."""
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """The call has returned.  An OSError is replaced by its reason."""
+        """The call has returned.  Raises the watchman's verdict, if there is one, or the reason of an OSError."""
         wait, self.wait = self.wait, None
-        if wait and isinstance(error, OSError):
+        if wait and (self.verdict or isinstance(error, OSError)):
             raise self.reason(wait[1]) from error
 
     def reason(self, wire: Wire) -> Exception:
@@ -2229,7 +2229,7 @@ class Handler(socketserver.BaseRequestHandler):
         # unread: whether the client may still be sending a request that has been answered
         self.wire, self.unread = Client(request, self.settings.write_timeout), False
         self.wire.objection = self._revoked
-        self.peer = client_address[0].replace("::ffff:", "", 1)  # IPv4 through an IPv6 socket
+        self.peer = client_address[0].removeprefix("::ffff:")  # IPv4 through an IPv6 socket
         super().__init__(request, client_address, server)  # which calls handle()
 
     def handle(self) -> None:
