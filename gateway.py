@@ -38,6 +38,7 @@ import argparse
 import base64
 import contextlib
 import errno
+import fnmatch
 import functools
 import gc
 import hashlib
@@ -55,6 +56,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import string
 import struct
 import sys
@@ -62,13 +64,13 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Container, Iterable, Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any, Callable, Final, Generic, NamedTuple, NoReturn, TypeVar, get_type_hints
-from zlib import crc32
 
 __version__ = "1.0.0"
 
@@ -103,14 +105,14 @@ class Settings(NamedTuple):
 
     demo: Annotated[Switch, "off", "answer from a built-in stand-in, for want of an Ollama"]
     listen: Annotated[Place, ":8443", "where to listen, like [::1]:8443; without HOST on all addresses"]
-    upstream: Annotated[Url, "http://127.0.0.1:11434", "the Ollama or other server, http or https"]
+    upstream: Annotated[Url, "http://127.0.0.1:11434", "the Ollama or other server, like https://gpu:11434"]
     keys: Annotated[File, "keys.txt", "the API keys; where there is none, it is made with one fresh key"]
     cert: Annotated[File, "cert.pem", "the certificate, with its chain; where there is none, it is made"]
     cert_key: Annotated[File, "key.pem", "its private key"]
     log: Annotated[File, "gateway.log", "the audit log; - is standard output"]
     scan: Annotated[Mode, "off", "about secrets in prompts: flag logs them, block refuses them"]
     name: Annotated[Names, None, "one more host name or address in a certificate that is made"]
-    cors_origin: Annotated[Origins, None, "whose web pages, besides this machine's, may use the gateway; * for all"]
+    cors_origin: Annotated[Origins, None, "whose web pages may use the gateway, like https://a.example; * for all"]
     trusted_proxy: Annotated[Nets, None, "a network, like 10.0.0.0/8, whose proxies tell the address of the client"]
     status: Annotated[Status, "off", "where to serve /healthz, /readyz and /metrics, over plain HTTP"]
     max_connections: Annotated[Count, "1024", "clients at a time, while others wait"]
@@ -201,7 +203,7 @@ def explained(failure: str, remedy: str, kind: type[OperatorError] = OperatorErr
     """Turn an error of the system into an OperatorError that says what failed, why, and what to do about it."""
     try:
         yield
-    except (OSError, ValueError, LookupError) as error:  # ssl.SSLError is an OSError
+    except (OSError, ValueError, LookupError, EOFError, zlib.error) as error:  # ssl.SSLError is an OSError
         # str(error) is not used, since it may quote what could not be read, such as an API key.
         reason = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or "")
         # socket.create_server() appends "(while attempting to bind on address ...)", but `failure` names the address.
@@ -282,7 +284,7 @@ def ready(wanted: dict[int, int], seconds: float | None) -> set[int]:
 # comments, which begin with #, are skipped.  Only digests are kept in memory, so a look-up takes the same time no
 # matter how much of a key was guessed right.
 
-Models = tuple[re.Pattern[str], ...]
+Models = tuple[str, ...]
 
 
 def canonical(model: str) -> str | None:
@@ -293,17 +295,9 @@ def canonical(model: str) -> str | None:
     return model if re.search("[:*]", model.rpartition("/")[2]) else model + ":latest"
 
 
-def model_patterns(globs: str) -> Models:
-    """The patterns of canonical names that the globs match; a * is anything but a slash, a lone * is everything.
-
-    A name that ends in cloud, behind : or -, runs at ollama.com at the owner's cost, so its glob must end so, too.
-    """
-    return tuple(map(_model_pattern, globs.split(",")))
-
-
-def _model_pattern(glob: str) -> re.Pattern[str]:
-    pattern = ".*" if glob == "*" else re.escape(canonical(glob) or "/").replace(r"\*", "[^/]*")
-    return re.compile(pattern if glob.lower().endswith("cloud") else rf"(?!.*[:-]cloud\Z){pattern}")
+def model_globs(globs: str) -> Models:
+    """The canonical globs of a list; "" for a lone *, which is everything, and "/" for one that matches no name."""
+    return tuple("" if glob == "*" else canonical(glob) or "/" for glob in globs.split(","))
 
 
 def per(number: str, unit: str) -> tuple[int, int]:
@@ -329,7 +323,7 @@ class Key(NamedTuple):
     expires: Annotated[date, "expires=YYYY-MM-DD", "=([0-9]{4}-[0-9]{2}-[0-9]{2})", date.fromisoformat] = date.max
     role: Annotated[str, "role=admin|user", "=(admin|user)", str] = "admin"
     # Empty means all models, and no limit in what follows.
-    models: Annotated[Models, "models=GLOB,GLOB", r"=((?a:[\w.:/@*-]+,)*(?a:[\w.:/@*-]+))", model_patterns] = ()
+    models: Annotated[Models, "models=GLOB,GLOB", r"=((?a:[\w.:/@*-]+,)*(?a:[\w.:/@*-]+))", model_globs] = ()
     rate: Annotated[tuple[int, ...], "rate=N/s|min|h|day", "=([1-9][0-9]{0,8})/(s|min|h|day)", per] = ()
     tokens: Annotated[int, "tokens=N[k|M]/day", "=([1-9][0-9]{0,11})([kM]?)/day", times] = 0
     parallel: Annotated[int, "parallel=N", "=([1-9][0-9]{0,5})", int] = 0
@@ -391,6 +385,8 @@ def _parse_key(where: str, secret: str, *words: str) -> Key:
     hashed = secret.startswith("sha256:")
     with explained(f"{where}: the digest is not understood", "behind sha256: there must be 64 hexadecimal digits"):
         digest = read(r"(\w{64})", bytes.fromhex, secret[7:]) if hashed else hashlib.sha256(secret.encode()).digest()
+    if "ztg_" in secret[1:]:
+        raise OperatorError(f"{where}: a key begins in the middle of the line; a line break is missing before ztg_")
     weak = not hashed and "trap" not in options and (len(secret) < 16 or secret in WELL_KNOWN)  # it can be guessed
     return Key(digest, weak, **{"name": f"sha256:{digest.hex()[:8]}", **options})
 
@@ -815,7 +811,7 @@ def client_of(fields: Fields, peer: str, trusted: Iterable[ipaddress.IPv4Network
     """The address of a client: the one that a trusted proxy appended to X-Forwarded-For, or else the peer's."""
     told, near = fields.get(b"x-forwarded-for", b"").rpartition(b",")[2].strip().decode("latin-1"), _address(peer)
     is_one = "%" not in told and _address(told)  # behind the % of an IPv6 address anything may stand
-    return told if is_one and any(near in net for net in trusted) else peer
+    return told if near and is_one and any(near in net for net in trusted) else peer
 
 
 def preflight_lines(request: Head) -> list[bytes]:
@@ -1003,7 +999,17 @@ def _model_in_path(path: bytes) -> str | None:
 def may_use(models: Models, name: str | None) -> bool:
     """Whether a model of this name is among those that a key may use."""
     known = canonical(name) if name and "*" not in name else None
-    return known is not None and any(pattern.fullmatch(known) for pattern in models)
+    return known is not None and any(_matches(known, glob) for glob in models)
+
+
+def _matches(name: str, glob: str) -> bool:
+    """Whether a canonical name matches a canonical glob, in which a * is anything but a slash.
+
+    A name that ends in cloud, behind : or -, runs at ollama.com at the owner's cost, so its glob must end so, too.
+    """
+    parts, wanted = name.split("/"), glob.split("/")
+    alike = not glob or (len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)))
+    return alike and (glob.endswith("cloud") or not name.endswith((":cloud", "-cloud")))
 
 
 def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1027,6 +1033,8 @@ def parse_strictly(body: bytes, request: Head) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     clear = isinstance(value, dict) and all(each in _NAMING or each.casefold() not in _NAMING for each in value)
+    if b"form" in request.fields.get(b"content-type", b"").lower():  # as curl says of all; but some read it as a form
+        clear = clear and not re.search(rb"(?i)[&;][\s+]*model[\s+]*=", urllib.parse.unquote_to_bytes(body))
     require(clear, 400, "this key's requests must be one JSON object, without repeated members", "guard")
     return _object(value)
 
@@ -1065,13 +1073,18 @@ _lenient = json.JSONDecoder(object_pairs_hook=_all_members, parse_int=float, str
 
 
 def prompt_of(body: bytes, scan: str) -> Any:
-    """What a body says, for the scan; None if it is no JSON.  ClientError 400 if --scan block cannot look at it."""
-    try:  # some servers read UTF-16 and skip a byte order mark, as json.loads() does
-        return _lenient(body.decode(json.detect_encoding(body), "replace").lstrip())[0]
-    except (ValueError, RecursionError) as error:
-        passes = scan == "flag" or isinstance(error, ValueError)
-        require(passes, 400, "the prompt is nested too deeply to be looked at", "scan")
+    """What a body says, for the scan: None if it is no JSON, its text if it is nested too deeply to be parsed.
+
+    Raises ClientError 400 for the latter with --scan block.
+    """
+    text = body.decode(json.detect_encoding(body), "replace").lstrip()  # some servers read UTF-16, and skip a BOM
+    try:
+        return _lenient(text)[0]
+    except ValueError:
         return None
+    except RecursionError:
+        require(scan == "flag", 400, "the prompt is nested too deeply to be looked at", "scan")
+        return text
 
 
 def may_be_scanned(fields: Fields, scan: str) -> bool:
@@ -1160,7 +1173,8 @@ def _without_images(name: str, value: Any) -> Any:
 
 def _has_crc(token: bytes) -> bool:
     """Whether the last 6 characters are the CRC-32 of the 30 before, in base 62; a github_pat_ token has none."""
-    return token[:4] == b"gith" or all(_BASE62[crc32(token[4:34]) // 62**n % 62] == token[39 - n] for n in range(6))
+    crc = zlib.crc32(token[4:34])
+    return token[:4] == b"gith" or all(_BASE62[crc // 62**n % 62] == token[39 - n] for n in range(6))
 
 
 def _is_jwt(header: bytes) -> bool:
@@ -1195,7 +1209,9 @@ class Limits:
             # GCRA: each request moves the time at which the rate is fresh again by a step, up to `count` steps ahead.
             count, period = key.rate or (0, 0)
             step = -(-period // max(count, 1))
-            fresh = self.fresh[key.name] = min(self.fresh[key.name], now + count * step)
+            fresh = now
+            if step:
+                fresh = self.fresh[key.name] = min(self.fresh[key.name], now + count * step)
             wait = max(fresh, now) + step - count * step - now
             midnight = 86_400 - time.time() % 86_400  # seconds until then, UTC
             told = _told("requests", count, (now + count * step - max(fresh, now)) // step, fresh - now) if step else []
@@ -1210,7 +1226,8 @@ class Limits:
                     told += [b"x-should-retry: false"] if seconds > 60 else []
                     raise ClientError(429, reason, rule, b"Retry-After: %d" % max(1, -(-seconds // 1)), *told)
             self.running[key.name] += 1
-            self.fresh[key.name] = max(fresh, now) + step
+            if step:
+                self.fresh[key.name] = max(fresh, now) + step
 
     def leave(self, key: Key, today: date, charged: int) -> None:
         """A request that was admitted on that day has ended, and costs so many tokens."""
@@ -1495,9 +1512,11 @@ def verify_log(paths: Sequence[str], head: str | None) -> Iterator[str]:
 
     Yields what to tell.  Raises Unable, which names the file and line, for the first that does not fit.
     """
+    from fileinput import hook_compressed as opened  # noqa: PLC0415 - is needed here and in sum_up() only
+
     last, lines, older, seen, stray = b"null", 0, 0, head is None, ""
     for path in paths:
-        with explained(f"cannot read {path}", "see that it is there"), open(path, "rb") as file:
+        with explained(f"cannot read {path}", "see that it is there, and whole"), opened(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 prev = re.search(rb', "prev": (null|"[0-9a-f]{64}")}\s*\Z', line)
                 if prev and prev[1] != b"null" and not lines:
@@ -1514,7 +1533,7 @@ def verify_log(paths: Sequence[str], head: str | None) -> Iterator[str]:
     if not seen:
         raise Unable(f"{paths[-1]}: no line has SHA-256 {head}, so its end was cut off, or it is another log")
     unlinked = f", {older} of them from before lines were linked" * bool(older)
-    yield f"{lines} lines{unlinked}; the last has SHA-256 {last[1:-1].decode()}"
+    yield f"{lines} lines{unlinked}" + f"; the last has SHA-256 {last[1:-1].decode()}" * bool(lines)
 
 
 def _open_file(log: LogFile) -> io.FileIO:
@@ -1522,8 +1541,10 @@ def _open_file(log: LogFile) -> io.FileIO:
     # Only its owner may read a new file.  Opening a FIFO that nobody reads must fail, rather than wait for a reader.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     file = io.FileIO(1 if log.path == "-" else os.open(log.path, flags, 0o600), "a", closefd=log.path != "-")
+    log.may_block = not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    if not log.may_block:
+        _lock(file)
     log.file, log.written = file, 0
-    log.may_block = file.isatty() or not file.seekable()
     if not log.may_block:
         with contextlib.suppress(OSError), open(log.path, "rb") as old:
             log.lines, last = 0, b"\n"
@@ -1534,6 +1555,18 @@ def _open_file(log: LogFile) -> io.FileIO:
             log.head = digest_of(last) if log.lines and log.head == b"null" else log.head
             log.lines += sum(line != b"\n" for line in log.kept)  # which will stand in it soon
     return file
+
+
+def _lock(file: io.FileIO) -> None:
+    """Keep other gateways from this log, or neither's lines would follow each other.  Raises BlockingIOError."""
+    try:
+        import fcntl  # noqa: PLC0415 - does not exist on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "another gateway writes there") from None
+    except (ImportError, OSError):  # or a file system without locks
+        pass
 
 
 def _was_moved(path: str, file: io.FileIO) -> bool:
@@ -1859,7 +1892,7 @@ class Client(Wire):
             # At first only reading ends, since a client that is too slow shall still get its 408.  That ends neither a
             # write nor a read during which records without data keep coming (TLS KeyUpdate), so if the call is still
             # blocked at the next look, both directions end.
-            how = socket.SHUT_RDWR if self.verdict else socket.SHUT_RD
+            how = socket.SHUT_RDWR if self.verdict and self.wait else socket.SHUT_RD
             self.verdict = self.verdict or objection or overdue()  # before the thread wakes and asks for it
             wire.shut_down(how)
         elif self.upstream and left and not self.verdict:
@@ -2014,8 +2047,9 @@ class Pool:
                 sock = self._tls.wrap_socket(sock, server_hostname=self.upstream.host, suppress_ragged_eofs=False)
         except OSError as error:
             reason = getattr(error, "verify_message", None) or error.strerror or "no answer"
-            where = f"the upstream at {self.upstream.authority}"
-            raise UpstreamError(502, f"{where} cannot be reached ({reason}); start it there") from None
+            remedy = "trust it by SSL_CERT_FILE" if isinstance(error, ssl.SSLError) else "start it there"
+            message = f"the upstream at {self.upstream.authority} cannot be reached ({reason}); {remedy}"
+            raise UpstreamError(502, message) from None
         silent = functools.partial(UpstreamError, 504, f"the upstream was silent for {self.patience:g} seconds")
         return Wire(sock, self.patience, silent, lambda: UpstreamError(502, "the upstream broke off its answer"))
 
@@ -2137,11 +2171,12 @@ class Exchange:
     def _open(self, kept: Wire | None, opening: bytes) -> None:
         """Send the beginning of the request over a kept connection or a new one."""
         client, self._kept, self._given_up = self._client, kept is not None, False
-        if not kept:
-            kept = self._pool.connect()
+        kept = kept or self._pool.connect()
         self._upstream, kept.client = kept, client
         with client.lock:
             client.upstream = kept
+        if client.verdict:  # which came while its body was judged, or while we connected
+            raise client.reason(client)
         self._push(opening)
 
     def _receive(self, *upstream: Wire) -> bytes:
@@ -2171,7 +2206,7 @@ class Exchange:
             while rest := rest[self._upstream.send_now(rest) :]:
                 with self._client.until(self._upstream):
                     ready({self._upstream.descriptor: READ | WRITE}, seconds=None)
-                if self._hear() is not None:
+                if self._hear() is not None and not self._upstream.ahead.startswith(b"HTTP/1.1 1"):
                     self._given_up = True
                     return
         except UpstreamError:
@@ -2257,7 +2292,7 @@ class Handler(socketserver.BaseRequestHandler):
         except (ClientLeft, Silence) as failure:
             error = failure.__cause__
         reason = error.reason if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError) else ""
-        if reason == "HTTP_REQUEST":
+        if reason == "HTTP_REQUEST" and is_writable(self.gateway.log, tolerated=MAX_KEPT_LINES):
             self._answer_plain_http()
         elif reason and self.gateway.watchman.may_report():
             hint = f"clients must trust {self.settings.cert} and speak TLS 1.2 or 1.3"
@@ -2402,8 +2437,8 @@ class Handler(socketserver.BaseRequestHandler):
         scan = self.settings.scan
         if key.models:
             check_way(request, key.models)
-            if lists_models(request):
-                request.fields.drop(b"accept-encoding", b"range")  # or the list could not be read
+        if key.tokens or (key.models and lists_models(request)):
+            request.fields.drop(b"accept-encoding", b"range")  # or the list, or the counts, could not be read
         scanned = scan != "off" and asks_a_model(request) and may_be_scanned(request.fields, scan)
         if not (key.models or scanned):
             return
@@ -2701,7 +2736,8 @@ def check_keys(settings: Settings) -> Findings:
         ("share a name and its limits", "delete the old one", [name for name in names if names[name] > 1]),
     ):
         if found:
-            yield "warning", f"keys that {flaw}: {', '.join(found[:3])}{', ...' * (len(found) > 3)}; {remedy}"
+            told = ", ".join(map(_shown, found[:3]))
+            yield "warning", f"keys that {flaw}: {told}{', ...' * (len(found) > 3)}; {remedy}"
 
 
 def check_certificate(settings: Settings) -> Findings:
@@ -2712,7 +2748,7 @@ def check_certificate(settings: Settings) -> Findings:
         return
     tls_context(cert, cert_key)
     if flaw := certificate_flaw(cert, settings.name):
-        yield "warning", f"{cert} {flaw}; move it and {cert_key} away to have a new pair made"
+        yield "warning", f"{cert} {flaw}; renew it, or move it and {cert_key} away for a self-signed one"
     else:
         yield "ok", f"{cert} is good until {describe_certificate(cert, ())[1]:%Y-%m-%d}"
     yield from _readable_by_others(cert_key)
@@ -2746,15 +2782,19 @@ def check_ports(settings: Settings) -> Findings:
 
 def check_upstream(settings: Settings) -> Findings:
     """Which server the upstream is, and whether it can be reached around the gateway."""
-    upstream, answer, name, sock = settings.upstream, b"", "", Pool(settings).connect().sock
-    with contextlib.suppress(OSError, http.client.HTTPException), sock:  # with the time-out for connecting
+    if settings.demo:
+        return
+    upstream, answer, sock = settings.upstream, b"", Pool(settings).connect().sock
+    with contextlib.suppress(OSError), sock:  # with the time-out for connecting
         sock.sendall(f"GET {upstream.prefix}/api/version HTTP/1.0\r\nHost: {upstream.authority}\r\n\r\n".encode())
-        response = http.client.HTTPResponse(sock)
-        response.begin()
-        answer, name = response.read(MAX_HEAD), response.getheader("Server", "")
-    told = str(_object(_parsed(answer)).get("version", ""))
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        while time.monotonic() < deadline and len(answer) < MAX_HEAD and (data := sock.recv(MAX_HEAD)):
+            answer += data
+    head, _, body = answer.partition(b"\r\n\r\n")
+    name = (re.findall(r"(?im)^server: *([ -~]{1,128})", head.decode("latin-1")) or [""])[0]
+    told = str(_object(_parsed(body)).get("version", ""))
     version = told if re.fullmatch(r"[0-9][0-9A-Za-z.+-]{,40}", told) else ""
-    name = f"Ollama {version}" if version else name[:MAX_LOGGED] if name.isprintable() else ""
+    name = f"Ollama {version}" if version else name
     yield "ok", f"the upstream at {upstream.authority} answers{name and f', it is {name}'}"
     if version and tuple(map(int, re.findall("[0-9]+", version)[:3])) < (0, 17, 1):
         yield "warning", f"Ollama {version} has known holes; update it to 0.17.1 or newer"
@@ -2790,12 +2830,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return serve(parse_arguments(arguments))
         for text in commands[arguments[0]](arguments[1:]):
             print(text)
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:  # Ctrl+C before serve() handles signals
         return 130
-    except BrokenPipeError:  # as in `usage | head`; what is left would fail at the end of the process
+    except OSError as error:  # what is left to be printed would fail again at the end of the process
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+        if isinstance(error, BrokenPipeError):  # as in `usage | head`
+            return 0
+        say(f"gateway: cannot go on: {error.strerror}")
+        return 1
     except Exception as error:  # caught whatever it is, because a traceback might show an API key
         say(f"gateway: {error}" if isinstance(error, OperatorError) else fault(error))
         return 2 if type(error) is OperatorError else 1
@@ -2823,7 +2867,7 @@ def verify(argv: Sequence[str]) -> Iterator[str]:
     which.add_argument("--each", action="store_true", help="each file is the log of another gateway")
     given = parser.parse(argv)
     if not given.each:
-        return verify_log(given.files, given.head)
+        return verify_log(given.files, given.head and given.head.lower())
     return (f"{file}: {told}" for file in given.files for told in verify_log([file], None))
 
 
@@ -2834,14 +2878,18 @@ def report_usage(argv: Sequence[str]) -> Iterator[str]:
     settings, parser = parse_arguments([]), _Parser("usage")
     parser.add_argument("files", metavar="FILE", nargs="*", default=[settings.log], help="audit logs, also .gz ones")
     parser.add_argument("--by", type=dimensions, default="day,key", help=f"group by {', '.join(DIMENSIONS)} [day,key]")
-    parser.add_argument("--since", type=date.fromisoformat, default=date.min, help="the first day, as YYYY-MM-DD (UTC)")
-    parser.add_argument("--until", type=date.fromisoformat, default=date.max, help="the last day, which is included")
+    parser.add_argument("--since", type=day, default="0001-01-01", help="the first day, as YYYY-MM-DD (UTC)")
+    parser.add_argument("--until", type=day, default="9999-12-31", help="the last day, which is included")
     forms = parser.add_mutually_exclusive_group()
     for form in ("json", "csv", "html"):
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
     given = parser.parse(argv)
-    limits = {key.name: key.tokens for key in load_keys(settings.keys).values() if key.tokens}
-    sums, others = sum_up(given.files, str(given.since), str(given.until), say if os.isatty(2) else len)
+    limits: dict[str, int] = {}
+    try:
+        limits = {key.name: key.tokens for key in load_keys(settings.keys).values() if key.tokens}
+    except OperatorError as error:
+        say(f"no share of a limit is told: {error}")
+    sums, others = sum_up(given.files, given.since, given.until, say if os.isatty(2) else len)
     if others:
         say(f"{others} lines were left out, since they are no audit lines")
     head, *rows, total = report = [*usage_report(sums, given.by, limits)]
@@ -2862,6 +2910,11 @@ def dimensions(text: str) -> list[str]:
     return sorted({*text.split(",")}, key=DIMENSIONS.index)
 
 
+def day(text: str) -> str:
+    """A day, as YYYY-MM-DD.  Raises ValueError."""
+    return str(date.fromisoformat(text))
+
+
 def serve(settings: Settings) -> int:
     """Serve until a signal says stop.  All mistakes in the settings are found before the port is bound."""
     # Requests leave no cycles, and the collector of a free-threaded Python stops all threads and walks everything: with
@@ -2869,6 +2922,7 @@ def serve(settings: Settings) -> int:
     gc.set_threshold(100_000)
     wanted, upstream = settings.max_connections, start_demo() if settings.demo else settings.upstream
     settings = settings._replace(upstream=upstream, max_connections=min(wanted, possible_connections()))
+    list(check_ports(settings))  # before files are made, since the key in them is shown only once
     line = key_line("first", "role=admin")
     fresh = not os.path.lexists(settings.keys) and create_file(settings.keys, f"{line}\n".encode(), 0o600)
     ensure_certificate(settings.cert, settings.cert_key, settings.name)
@@ -2924,6 +2978,7 @@ def keep_house(server: Server) -> int:
     except Exception as error:
         abandon(server, error)
     notify("STOPPING=1")
+    say(f"stopping; requests that run have {gateway.settings.grace:g} s to end, or until a second signal")
     gateway.watchman.stopping = True
     server.shutdown()
     server.server_close()
@@ -2946,6 +3001,7 @@ def abandon(server: Server, error: BaseException | None = None) -> None:
     if error:
         say(fault(error))
     server.drain(0)
+    say(f"Gateway stopped; the audit log has {log_head(server.gateway.log)}")
     os._exit(1)
 
 
