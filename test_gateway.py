@@ -756,8 +756,18 @@ def test_a_port_in_use_is_one_line_and_exit_1(start: Callable[..., RunningGatewa
     command = [sys.executable, str(HERE / "gateway.py"), "--listen", f"127.0.0.1:{first.port}"]
     second = subprocess.run(command, cwd=first.folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert second.returncode == 1
-    message = f".*gateway: cannot listen on 127.0.0.1:{first.port}: Address already in use; .*--listen\n"
+    message = f".*gateway: cannot listen on 127.0.0.1:{first.port}: Address already in use; choose another --listen, .*\n"
     assert re.fullmatch(message, second.stderr)
+
+
+def test_a_port_in_use_is_found_before_a_key_is_made_that_nobody_would_see(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert gateway.main(["--demo", "--listen", f"127.0.0.1:{taken.getsockname()[1]}"]) == 1
+    assert "cannot listen on" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -777,6 +787,7 @@ def test_a_fresh_key_is_shown_on_a_terminal_only(start: Callable[..., RunningGat
 def test_too_few_descriptors_are_said(start: Callable[..., RunningGateway]) -> None:
     gate = start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 132)))
     assert gate.said(r"Connections +at most 50, not 1024, for want of descriptors \(see ulimit -Hn\)")
+    gate.stop()
     enough = start("--max-connections", "50", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 132)))
     assert not enough.said("Connections")
 
@@ -811,7 +822,7 @@ def test_a_fault_in_house_keeping_is_one_line_and_exit_1_and_what_it_breaks_off_
         assert gate.process.wait(PATIENCE) == 1
     gate.errors.close()
     said = gate.stderr[len(before):]
-    assert re.fullmatch(r"[-0-9]+ [:0-9]+ internal error: ZeroDivisionError in line \d+ of the gateway\n", said)
+    assert re.fullmatch(r"[-0-9]+ [:0-9]+ internal error: ZeroDivisionError in line \d+ of the gateway\n.*the audit log has 1 line, .*\n", said)
     assert gate.log(1)[0]["status"] == 499
 
 
@@ -854,9 +865,9 @@ def test_a_place_where_nothing_can_be_made_is_one_line(
 
 def test_two_instances_at_once_share_one_pair_and_one_key(tmp_path: Path) -> None:
     """Ten, to give the race a chance."""
-    command = [sys.executable, str(HERE / "gateway.py"), "--demo", "--listen", "127.0.0.1:0"]
+    command = [sys.executable, str(HERE / "gateway.py"), "--demo", "--listen", "127.0.0.1:0", "--log"]
     errors = [(tmp_path / f"stderr{number}").open("wb") for number in range(10)]
-    started = [subprocess.Popen(command, cwd=tmp_path, stderr=file) for file in errors]
+    started = [subprocess.Popen([*command, f"{file.name}.log"], cwd=tmp_path, stderr=file) for file in errors]
     texts = eventually(lambda: [text for n in range(10) if "Try" in (text := (tmp_path / f"stderr{n}").read_text())][9:]
                        and [(tmp_path / f"stderr{n}").read_text() for n in range(10)], seconds=30)  # fmt: skip
     for process, file in zip(started, errors):
@@ -866,7 +877,7 @@ def test_two_instances_at_once_share_one_pair_and_one_key(tmp_path: Path) -> Non
     assert len({re.search("(?:[0-9A-F]{2}:){31}[0-9A-F]{2}", text)[0] for text in texts}) == 1  # type: ignore[index]
     assert sum("New key" in text for text in texts) == 1
     assert {path.name for path in tmp_path.iterdir() if "stderr" not in path.name} == {
-        "keys.txt", "cert.pem", "key.pem", "gateway.log"}
+        "keys.txt", "cert.pem", "key.pem"}
 
 
 # --- API keys ---
@@ -910,6 +921,7 @@ BAD_KEY_FILES = {
     "a digest that is none": ("sha256:abc", 1),
     "the same key twice": (f"{KEY}\n\n{KEY} name=b", 3),
     "the same key hashed": (f"{KEY}\nsha256:{DIGEST}", 2),
+    "a key behind one without a line break": (f"{KEY}\nnonewlineztg_{'x' * 43}  role=user", 2),
 }
 
 
@@ -1783,6 +1795,40 @@ def test_no_audit_no_service_and_nothing_is_lost(
     assert eventually(lambda: gate.said("the audit log is whole again"))
 
 
+@linux
+def test_two_gateways_may_not_write_to_one_log(start: Callable[..., RunningGateway]) -> None:
+    """Their lines would not continue each other, which looks like tampering."""
+    first = start()
+    command = [sys.executable, str(HERE / "gateway.py"), "--listen", "127.0.0.1:0"]
+    second = subprocess.run(command, cwd=first.folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (second.returncode, "cannot write to gateway.log: another gateway writes there" in second.stderr) == (2, True)
+    first.stop()
+    start().ask()
+    assert first.log(1)
+
+
+@linux
+def test_a_device_without_end_is_no_log_to_be_read(start: Callable[..., RunningGateway]) -> None:
+    assert start("--log", "/dev/null").ask().status == 200
+    gate = start("--log", "/dev/full")
+    gate.ask()
+    assert gate.ask().status == 503
+
+
+@linux
+def test_plain_http_keeps_no_more_lines_than_the_rest(
+    start: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gate = start("--log", "/dev/full", program=changed_gateway(tmp_path, "gateway.MAX_KEPT_LINES = 3"))
+    for _ in range(9):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", gate.port), PATIENCE) as sock:
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            sock.recv(1000)
+    gate.process.terminate()
+    assert gate.process.wait(PATIENCE) == 1
+    assert 1 <= gate.stderr.count('"status": 400') <= 4
+
+
 def test_the_log_can_go_to_standard_output(start: Callable[..., RunningGateway]) -> None:
     gate = start("--log", "-", stdout=subprocess.PIPE)
     gate.ask("/x")
@@ -2129,6 +2175,20 @@ def test_an_early_answer_gets_through_to_a_client_that_is_still_sending(
             answer = Reader(sock).message(answer_to="POST")
             assert (answer.status, answer.body) == (413, b"big")
     assert [line["status"] for line in gate.log(2)] == [413, 413]
+
+
+def test_an_interim_answer_does_not_end_an_upload(gate: RunningGateway, upstream: FakeUpstream) -> None:
+    def read_slowly(sock: socket.socket) -> None:
+        reader = Reader(sock)
+        while not reader.buffer.endswith(b"\r\n\r\n"):
+            reader.buffer += sock.recv(1)
+        time.sleep(0.5)  # until then the gateway's write is blocked
+        sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        reader.buffer = b""
+        sock.sendall(ok(str(len(reader.read(20_000_000))).encode()))
+
+    upstream.raw = read_slowly
+    assert gate.ask("/api/blobs/sha256:x", b"x" * 20_000_000).body == b"20000000"
 
 
 def test_a_refusal_and_an_unreachable_upstream_are_told_in_the_words_of_the_api(start: Callable[..., RunningGateway]) -> None:
@@ -2977,6 +3037,7 @@ def test_a_second_signal_ends_at_once(start: Callable[..., RunningGateway], upst
         gate.process.terminate()
         assert gate.process.wait(1.0) == 1
     assert gate.log(1)[0]["status"] == 499
+    assert gate.said(r"stopping; requests that run have 30 s to end, or until a second signal\n.*the audit log has 1 line, ")
 
 
 def listens(port: int) -> bool:
@@ -3397,6 +3458,32 @@ TAGS = b'{"models":[{"name":"llama3.2:latest","model":"llama3.2:latest"},{"name"
 V1_MODELS = b'{"object":"list","models":[{"name":"x"}],"data":[{"id":"llama3.2:latest","object":"model"},{"id":"x"}]}'
 
 
+@pytest.mark.parametrize(("glob", "yes", "no"), [
+    ("llama3.2", ["llama3.2", "Llama3.2:latest", "library/llama3.2", "registry.ollama.ai/library/llama3.2"], ["llama3.2:1b", "x/llama3.2"]),
+    ("*", ["a", "a/b:c", "hf.co/a/b"], ["a:cloud", "a:1-cloud"]), ("library/*", ["a", "a:b"], ["a/b", "a-cloud:cloud"]),
+    ("a*/b*:c", ["a/b:c", "ax/bx:c"], ["a/x/b:c", "a/b:cc", "b:c"]), ("*cloud", ["a:cloud", "a:1-cloud"], ["a", "a/b:cloud"]),
+    ("*-*:*q4*", ["a-b:xq4y"], ["ab:q4", "a-b:q5"]), ("/a", [], ["a", "/a", ""]), ("a,b:*", ["a", "b:1", "b"], ["c", "a:1"]),
+], ids=lambda value: str(value)[:20])  # fmt: skip
+def test_globs_match_names_as_ollama_reads_them(glob: str, yes: list[str], no: list[str]) -> None:
+    models = gateway.model_globs(glob)
+    assert [name for name in [*yes, *no] if gateway.may_use(models, name)] == yes
+
+
+def test_a_glob_of_many_stars_takes_no_time() -> None:
+    models = gateway.model_globs("*-*-*-*-*-*-*-*q4*")
+    began = time.monotonic()
+    assert not gateway.may_use(models, "b" + "-" * 395)
+    assert time.monotonic() - began < 1
+
+
+def test_a_form_that_names_another_model_is_refused(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    """LiteLLM reads a form where the content type says so; curl says so of all that it sends."""
+    form = "Content-Type: application/x-www-form-urlencoded"
+    for body in (b'{"model":"llama3.2","a":"&model=evil&prompt=hi&"}', b'{"model":"llama3.2","a":"&mo%64el=evil"}'):
+        assert refused(rules, upstream, request("/v1/completions", body, form, key="key-two")) == (400, "guard")
+    assert rules.ask("/api/chat", b'{"model":"llama3.2"}', form, key="key-two").status == 200
+
+
 def test_lists_show_what_a_key_may_use(rules: RunningGateway, upstream: FakeUpstream) -> None:
     for answer, path in ((ok(TAGS), "/api/tags"), (ok(TAGS), "/api/ps"),
                          (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + gateway.chunk(TAGS) + b"0\r\n\r\n", "/api/tags")):
@@ -3470,6 +3557,15 @@ def test_the_rate_is_of_the_name_and_reading_is_free(rules: RunningGateway, upst
         before = settled(rules)
         rules.ask(key="key-rate-2", method=method)
         assert refusal(rules, before)["refused"] == "rate"
+
+
+def test_a_namesake_without_a_rate_refills_no_rate() -> None:
+    limits, key = gateway.Limits(), gateway.Key(b"", False, "n", rate=(1, 10**9))
+    other = gateway.Key(b"2", False, "n", parallel=5)
+    limits.enter(key, date.min, 0)
+    limits.enter(other, date.min, 0)
+    with pytest.raises(gateway.ClientError):
+        limits.enter(key, date.min, 0)
 
 
 def test_a_raised_rate_works_at_once(start: Callable[..., RunningGateway], tmp_path: Path) -> None:
@@ -3565,6 +3661,12 @@ def test_the_days_tokens_are_charged_and_refused(rules: RunningGateway, upstream
     assert charged(rules, "key-quota") == 0
     assert rules.ask("/api/tags", method="GET", key="key-quota").status == 200
     assert charged(rules, "key-user") is None
+
+
+def test_an_answer_is_not_compressed_where_its_tokens_are_charged(rules: RunningGateway, upstream: FakeUpstream) -> None:
+    rules.ask("/api/chat", b"{}", "Accept-Encoding: gzip", key="key-quota-2")
+    rules.ask("/api/chat", b"{}", "Accept-Encoding: gzip", key="key-user")
+    assert [message.values("accept-encoding") for message in upstream.received] == [[], ["gzip"]]
 
 
 def test_what_nobody_counts_is_estimated(rules: RunningGateway, upstream: FakeUpstream) -> None:
@@ -3762,9 +3864,9 @@ def test_prompts_are_scanned(mode: str, start: Callable[..., RunningGateway], up
     for path in ("/api/%63hat", "/API/Chat/", "//v1//messages", "/completion", "/infill"):  # some servers know these, too
         assert gate.ask(path, bad).status == statuses[0]
     assert [line["flags"] for line in gate.log(17)[12:]] == [["github"]] * 5
-    deep = b'{"prompt":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    deep = f'{{"prompt":"{SECRET}","x":'.encode() + b"[" * 200_000 + b"]" * 200_000 + b"}"
     assert gate.ask("/api/chat", deep).status == statuses[0]
-    assert gate.log(18)[17]["flags"] == []
+    assert gate.log(18)[17]["flags"] == ([] if mode == "block" else ["github"])
     assert gate.ask("/api/chat", json.dumps({"model": SECRET}).encode()).status == statuses[0]
     assert gate.log(19)[18]["model"] is None
 
@@ -3868,6 +3970,19 @@ def test_verify_log_finds_what_was_changed(chain: Callable[..., tuple[int, str]]
     assert (status, "2 of them from before" in said) == (0, True)
 
 
+def test_an_empty_log_and_a_compressed_one_verify(chain: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    import gzip
+
+    assert [*gateway.verify_log([os.devnull], None)] == ["0 lines"]
+    whole = linked("a", "b", "c", "d")
+    (tmp_path / "1.gz").write_bytes(gzip.compress(b"\n".join(whole[:2]) + b"\n"))
+    (tmp_path / "2").write_bytes(b"\n".join(whole[2:]) + b"\n")
+    assert [*gateway.verify_log([str(tmp_path / "1.gz"), str(tmp_path / "2")], digest_of(whole[1]).upper().lower())]
+    (tmp_path / "1.gz").write_bytes(gzip.compress(b"x" * 100)[:-9])
+    with pytest.raises(gateway.OperatorError, match="cannot read"):
+        [*gateway.verify_log([str(tmp_path / "1.gz")], None)]
+
+
 def test_a_swapped_pair_of_files_does_not_verify(tmp_path: Path) -> None:
     whole = linked("a", "b", "c", "d")
     (tmp_path / "1").write_bytes(b"\n".join(whole[:2]) + b"\n")
@@ -3934,6 +4049,32 @@ def test_usage_shows_an_ordinary_name_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_text(f"k name={name} tokens=30/day\n", encoding="utf-8")
     [row] = json.loads(usage_of(tmp_path, "--json").stdout)["rows"]
     assert (row["key"], row["share"]) == (name, 0.1)
+
+
+def test_usage_is_told_without_the_key_file(tmp_path: Path) -> None:
+    usage_log(tmp_path)
+    (tmp_path / "keys.txt").write_text(f"{KEY} colour=red\n")
+    found = usage_of(tmp_path, "--json")
+    assert (found.returncode, json.loads(found.stdout)["total"]["requests"]) == (0, 6)
+    assert "no share of a limit is told: keys.txt:1" in found.stderr
+    (tmp_path / "torn.gz").write_bytes(b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"damaged" * 9)
+    found = usage_of(tmp_path, "torn.gz")
+    assert (found.returncode, "cannot read torn.gz" in found.stderr) == (2, True)
+
+
+@linux
+@pytest.mark.parametrize("command", ["keygen", "usage"])
+def test_a_full_disk_and_a_reader_that_left_are_no_faults(command: str, tmp_path: Path) -> None:
+    usage_log(tmp_path)
+    run = [sys.executable, str(HERE / "gateway.py"), command]
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(run, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, timeout=PATIENCE, check=False)
+    assert (ended.returncode, b"No space left on device" in ended.stderr) == (1, True)
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(run, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, timeout=PATIENCE, check=False)
+    os.close(writing)
+    assert (ended.returncode, b"Exception" in ended.stderr) == (0, False)
 
 
 def test_names_without_end_take_no_memory_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4558,6 +4699,42 @@ def test_a_trusted_proxy_tells_the_address_of_the_client(start: Callable[..., Ru
     assert upstream.received[1].values("x-forwarded-for") == ["6.6.6.6, 198.51.100.7, 127.0.0.1"]
 
 
+def test_a_key_that_is_revoked_while_a_prompt_is_judged_is_refused(
+    start: Callable[..., RunningGateway], upstream: FakeUpstream, tmp_path: Path
+) -> None:
+    judge = """
+find = gateway.find_secrets
+def slowly(*given):
+    import pathlib, time
+    pathlib.Path("judging").touch()
+    deadline = time.monotonic() + 10
+    while not pathlib.Path("judged").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return find(*given)
+gateway.find_secrets = slowly
+"""
+    gate = start("--scan", "block", keys=f"{KEY} name=gone\n{OTHER_KEY}\n", program=changed_gateway(tmp_path, judge))
+    with gate.connect() as sock:
+        sock.sendall(request("/api/chat", b'{"model": "m"}'))
+        eventually((tmp_path / "judging").exists)
+        (tmp_path / "keys.txt").write_text(f"{OTHER_KEY}\n")
+        eventually(lambda: gate.said("the new version is in force"))
+        time.sleep(4 * gateway.TICK)  # in which the watchman has looked more than once
+        (tmp_path / "judged").touch()
+        assert Reader(sock).message(answer_to="POST").status == 403
+    assert gate.log(1)[0]["refused"] == "revoked"
+    assert not upstream.received
+
+
+@pytest.mark.parametrize(("told", "address"), [("::ffff:10.0.0.1", "10.0.0.1"), ("2001:db8:1:1::ffff:7", "2001:db8:1:1::ffff:7")])
+def test_an_ipv6_address_is_told_whole(told: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.socketserver.BaseRequestHandler, "__init__", lambda *_: None)
+    shared: Any = gateway.Gateway(gateway.parse_arguments([]), *[None] * 5, print)  # type: ignore[arg-type]
+    with socket.socket() as sock:
+        assert gateway.Handler(shared, None, sock, (told, 1), None).peer == address
+    assert gateway.client_of({b"x-forwarded-for": b"1.2.3.4"}, "no address", gateway.parse_arguments(["--trusted-proxy", "::/0"]).trusted_proxy) == "no address"
+
+
 def test_a_trap_tells_the_address_behind_a_trusted_proxy(start: Callable[..., RunningGateway]) -> None:
     gate = start("--trusted-proxy", "127.0.0.0/8", keys=f"{KEY} trap name=bait\n{OTHER_KEY}\n")
     assert gate.ask("/", b"{}", "X-Forwarded-For: 198.51.100.7").status == 403
@@ -4597,7 +4774,7 @@ def certificate_for(folder: Path, days: int) -> None:
 def test_a_certificate_that_ends_soon_is_told_at_the_start_and_every_day(tmp_path: Path, start: Callable[..., RunningGateway]) -> None:
     certificate_for(tmp_path, days=20)
     gate = start("--name", "llm.example.com", program=changed_gateway(tmp_path, TOMORROW))
-    assert gate.said(r"WARNING +cert.pem expires in (19|20) days; move it and key.pem away")
+    assert gate.said(r"WARNING +cert.pem expires in (19|20) days; renew it, or move it and key.pem away")
     (tmp_path / "tomorrow").touch()
     eventually(lambda: gate.said(r"\n[-0-9]+ [:0-9]+ WARNING cert.pem expires in (18|19) days\n"))
 
@@ -4666,6 +4843,7 @@ CHECKS: dict[str, tuple[str, Callable[[Path], Any], list[str], bytes, int]] = {
     "a private key for a group": ("others than its owner may read key.pem", lambda at: (at / "key.pem").chmod(0o640), [], b"", 1),
     "a link that leads nowhere": ("cannot read keys.txt", dangling, [], b"", 2),
     "no upstream": ("cannot be reached", lambda _: None, ["--upstream", "http://127.0.0.1:1"], b"", 2),
+    "no upstream, and no need of one": ("is free", lambda _: None, ["--upstream", "http://127.0.0.1:1", "--demo"], b"", 0),
 }
 
 
