@@ -2556,17 +2556,14 @@ class _Listener(http.server.ThreadingHTTPServer):
             # threading.Thread.start() would wait until the thread runs, for a tenth of a new connection's CPU.
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError:
-            self.close_request(request)
-            self.slots.release()
+            self.shutdown_request(request)
             if self.gateway.watchman.may_report():
                 self.gateway.report("cannot start a thread for a connection; lower --max-connections")
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def shutdown_request(self, request: Any) -> None:
         """Make room for another connection at the end of this one."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.slots.release()
+        self.slots.release()
+        super().shutdown_request(request)
 
     def handle_error(self, _request: Any, _address: Any) -> None:
         """Report a bug in one line, but no errors that a client causes on its connection."""
