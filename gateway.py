@@ -2860,7 +2860,7 @@ def verify(argv: Sequence[str]) -> Iterator[str]:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--head", metavar="HASH", help="a digest that the gateway told; it must be that of a line")
     which.add_argument("--each", action="store_true", help="each file is the log of another gateway")
-    given = parser.parse(argv)
+    given = parser.parse_args(argv)
     if not given.each:
         return verify_log(given.files, given.head and given.head.lower())
     return (f"{file}: {told}" for file in given.files for told in verify_log([file], None))
@@ -2878,7 +2878,7 @@ def report_usage(argv: Sequence[str]) -> Iterator[str]:
     forms = parser.add_mutually_exclusive_group()
     for form in ("json", "csv", "html"):
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
-    given = parser.parse(argv)
+    given = parser.parse_args(argv)
     limits: dict[str, int] = {}
     try:
         limits = {key.name: key.tokens for key in load_keys(settings.keys).values() if key.tokens}
@@ -3066,7 +3066,7 @@ def parse_arguments(argv: Sequence[str]) -> Settings:
         how: Any = {"action": "append", "metavar": what} if what else {"action": "append_const", "const": "yes"}
         note = f"{about} [{variable}; {f'default {default}' if default else 'repeatable'}]"
         parser.add_argument(flag, dest=variable, help=note, **how)
-    flags, values = vars(parser.parse(argv)), list[Any]()
+    flags, values = vars(parser.parse_args(argv)), list[Any]()
     for flag, variable, what, pattern, convert, default, about in OPTIONS:
         given, text = flags[variable], os.environ.get(variable, "").strip()
         texts = given or ([text or default] if default else re.findall(r"[^,\s]+", text))
@@ -3082,16 +3082,10 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, command: str, about: str = "") -> None:
         super().__init__(prog=f"gateway {command}".rstrip(), description=about, allow_abbrev=False)
 
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse all arguments.  Raises OperatorError."""
-        given, unknown = self.parse_known_args(argv)
-        if unknown:
-            raise OperatorError(f"there is no argument {unknown[0].partition('=')[0]}; see --help")
-        return given
-
     def error(self, message: str) -> NoReturn:
         """Raise an OperatorError; the base class would print the usage as well."""
-        raise OperatorError(f"{message.partition(chr(39))[0].rstrip(': ')}; see --help")
+        known = re.sub(r"(?s)unrecognized arguments: ([^\s=]*).*", r"there is no argument \1", message)
+        raise OperatorError(f"{known.partition(chr(39))[0].rstrip(': ')}; see --help")
 
 
 if __name__ == "__main__":
