@@ -2062,18 +2062,18 @@ class Exchange:
     # Whether the connection was used before, and has not proved good yet; and whether it cannot be used again, since
     # the upstream does not get the rest of the request or sent more than was asked.
     _kept = _given_up = False
-    _progress, _deadline, _part = 0, 0.0, b""
+    _progress, _part = 0, b""  # bytes of the body towards the next 4 KiB; a body to be sent with the head
     held = 0  # bytes of a body that was read whole
 
     def __init__(self, pool: Pool, client: Client, request: Head, seconds: float, meter: type[Excerpt]) -> None:
-        self._pool, self._client, self._request, self._seconds = pool, client, request, seconds
+        self._pool, self._client, self._request = pool, client, request
+        self._seconds = self._left = seconds  # left: of them, for the next 4 KiB
         self.sent, self.received = meter(), meter()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
 
     def read_whole(self, hold: Callable[[int], None]) -> bytes:
         """Read the whole body before anything is sent.  Raises ClientError 408 and 413, and what hold(size) raises."""
         content, data = bytearray(), self._client.ahead
-        self._deadline = time.monotonic() + self._seconds
         while not self.body.done:
             hold(len(data))
             self.held += len(data)
@@ -2099,13 +2099,9 @@ class Exchange:
 
         Raises ClientError 408, ClientLeft, UpstreamError 504.
         """
-        upstream = self._upstream
-        self._deadline = time.monotonic() + self._seconds
-        while not (self.body.done or self._given_up or upstream.ahead):
-            data = self._receive(upstream)
-            received = time.monotonic()
+        while not (self.body.done or self._given_up or self._upstream.ahead):
+            data = self._receive(self._upstream)
             self._push(self._next_part(data))
-            self._deadline += time.monotonic() - received  # in which the client could not send
             self._given_up = self._given_up or (not data and self._hear() == b"")
 
     def read_head(self) -> Head:
@@ -2180,16 +2176,16 @@ class Exchange:
 
     def _receive(self, *upstream: Wire) -> bytes:
         """The next bytes of the body; none if the upstream can be read first, or if something woke us for nothing."""
-        client = self._client
-        with client.until(client, self._deadline, lambda: ClientError(408, "the request's body came too slowly")):
+        client, began = self._client, time.monotonic()
+        with client.until(client, began + self._left, lambda: ClientError(408, "the request's body came too slowly")):
             data = client.receive_now()
             if data is None:
                 ready({wire.descriptor: READ for wire in (client, *upstream)}, seconds=None)
         if data == b"":
             raise client.reason(client)
-        self._progress += len(data or b"")
+        self._progress, self._left = self._progress + len(data or b""), self._left - (time.monotonic() - began)
         if self._progress >= MIN_PROGRESS:
-            self._progress, self._deadline = 0, time.monotonic() + self._seconds
+            self._progress, self._left = 0, self._seconds
         return data or b""
 
     def _next_part(self, data: bytes) -> bytes:
