@@ -2177,7 +2177,7 @@ def test_an_early_answer_gets_through_to_a_client_that_is_still_sending(
     assert [line["status"] for line in gate.log(2)] == [413, 413]
 
 
-def test_an_interim_answer_does_not_end_an_upload(gate: RunningGateway, upstream: FakeUpstream) -> None:
+def test_an_interim_answer_while_a_write_blocks_does_not_end_an_upload(gate: RunningGateway, upstream: FakeUpstream) -> None:
     def read_slowly(sock: socket.socket) -> None:
         reader = Reader(sock)
         while reader.line() != b"\r\n":
