@@ -2068,6 +2068,7 @@ class Exchange:
     def __init__(self, pool: Pool, client: Client, request: Head, seconds: float, meter: type[Excerpt]) -> None:
         self._pool, self._client, self._request = pool, client, request
         self._seconds = self._left = seconds  # left: of them, for the next 4 KiB
+        self._expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
         self.sent, self.received = meter(), meter()  # of the content of the two bodies
         self.body = BodyReader(request.framing, request.framing == CHUNKED, self.sent.add)  # of the request
 
@@ -2176,6 +2177,9 @@ class Exchange:
 
     def _receive(self, *upstream: Wire) -> bytes:
         """The next bytes of the body; none if the upstream can be read first, or if something woke us for nothing."""
+        if self._expects:  # the client waits to be asked for the body (RFC 9110, 10.1.1)
+            self._client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._expects = False
         client, began = self._client, time.monotonic()
         with client.until(client, began + self._left, lambda: ClientError(408, "the request's body came too slowly")):
             data = client.receive_now()
@@ -2413,7 +2417,6 @@ class Handler(socketserver.BaseRequestHandler):
         try:
             self._judge(key, request, exchange)
             exchange.begin(forwarded_head(request, self.settings.upstream, self.peer))
-            self._continue(request, exchange)
             for _ in range(MAX_INTERIM):
                 exchange.upload()
                 answer = exchange.read_head()
@@ -2437,7 +2440,6 @@ class Handler(socketserver.BaseRequestHandler):
         if not (key.models or scanned):
             return
         record, known = self.record, self.gateway.keys.value
-        self._continue(request, exchange)
         content = exchange.read_whole(self.gateway.limits.hold)
         # A large body takes so much memory when it is parsed that only one is parsed at a time.
         with self.gateway.limits.large if len(content) > READ_SIZE else contextlib.nullcontext():
@@ -2452,12 +2454,6 @@ class Handler(socketserver.BaseRequestHandler):
                 check_names(_object(value), request, key.models)
         if record["flags"] and scan == "block":
             raise ClientError(400, f"the prompt holds what looks like a secret: {', '.join(record['flags'])}", "scan")
-
-    def _continue(self, request: Head, exchange: Exchange) -> None:
-        """Ask for the body, if the client waits for that (RFC 9110, 10.1.1)."""
-        expects = b"100-continue" in list_members(request.fields, b"expect") and request.version == b"1.1"
-        if expects and not exchange.body.done and not self.wire.ahead:
-            self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _bring(self, key: Key, request: Head, exchange: Exchange, answer: Head) -> bool:
         """Bring the answer to the client; True if the connection can carry another request."""
