@@ -2847,7 +2847,7 @@ def check(argv: Sequence[str]) -> Iterator[str]:
 
 def verify(argv: Sequence[str]) -> Iterator[str]:
     """Check an audit log: what is to be told, or an error if a line was changed."""
-    parser = _Parser("verify-log")
+    parser = _Parser("gateway verify-log", allow_abbrev=False)
     parser.add_argument("files", metavar="FILE", nargs="+", help="the log, its rotated parts first, oldest first")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--head", metavar="HASH", help="a digest that the gateway told; it must be that of a line")
@@ -2862,7 +2862,7 @@ def report_usage(argv: Sequence[str]) -> Iterator[str]:
     """Report who used what.  The variables GATEWAY_LOG and GATEWAY_KEYS say where the gateway's files are."""
     import csv  # noqa: PLC0415 - is needed here only
 
-    settings, parser = parse_arguments([]), _Parser("usage")
+    settings, parser = parse_arguments([]), _Parser("gateway usage", allow_abbrev=False)
     parser.add_argument("files", metavar="FILE", nargs="*", default=[settings.log], help="audit logs, also .gz ones")
     parser.add_argument("--by", type=dimensions, default="day,key", help=f"group by {', '.join(DIMENSIONS)} [day,key]")
     parser.add_argument("--since", type=day, default="0001-01-01", help="the first day, as YYYY-MM-DD (UTC)")
@@ -3051,7 +3051,7 @@ OPTIONS: Final = [("--" + name.replace("_", "-"), "GATEWAY_" + name.upper(), *hi
 
 def parse_arguments(argv: Sequence[str]) -> Settings:
     """Read all options.  A flag takes precedence over its environment variable, and that one over the default."""
-    parser = _Parser("", (__doc__ or "").partition("\n")[0])
+    parser = _Parser("gateway", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.epilog = "Also: keygen [NAME] [OPTION...], check, usage [FILE...], verify-log FILE..."
     parser.add_argument("--version", action="version", version=f"gateway {__version__}")
     for flag, variable, what, _, _, default, about in OPTIONS:
@@ -3070,9 +3070,6 @@ def parse_arguments(argv: Sequence[str]) -> Settings:
 
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, and never quotes what follows the name of an argument, since it may be a key."""
-
-    def __init__(self, command: str, about: str = "") -> None:
-        super().__init__(prog=f"gateway {command}".rstrip(), description=about, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise an OperatorError; the base class would print the usage as well."""
