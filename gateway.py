@@ -1965,13 +1965,12 @@ class Relay:
         self._loans: dict[int, tuple[Callable[[], bool], SimpleQueue[Exception | None]]] = {}
 
     def carry(self, upstream: Wire, move: Callable[[], bool]) -> None:
-        """Have move() called whenever the upstream can be read, until it returns False or raises; block until then."""
+        """Have move() called whenever the upstream can be read, until it returns False or raises; block until then.
+
+        Raises OSError if the system has no more watches to give.
+        """
         _, returned = self._loans[upstream.descriptor] = move, SimpleQueue()
-        try:
-            self._poll.register(upstream.descriptor, select.EPOLLIN)
-        except OSError:  # the system has no more watches to give, and the thread can do without
-            del self._loans[upstream.descriptor]
-            return
+        self._poll.register(upstream.descriptor, select.EPOLLIN)
         if failure := returned.get():
             raise failure
 
@@ -2145,7 +2144,8 @@ class Exchange:
             self._client.send(self._unsent)
             self._unsent = b""
             if relay and chunked:  # which brings the answer, until that would need waiting for the client
-                with self._client.until(self._upstream):
+                # Only a lack of watches is an OSError here, and without one the thread does all of the work itself.
+                with self._client.until(self._upstream), contextlib.suppress(OSError):
                     _upstreams(relay.carry, self._upstream, self._move)
             if not self._unsent:
                 data = self._upstream.receive(may_end=answer.framing == UNTIL_CLOSE)
