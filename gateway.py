@@ -1855,10 +1855,11 @@ class Client(Wire):
     and handed over under the lock, or the watchman could shut down a socket that belongs to another connection by then.
     """
 
-    def __init__(self, sock: socket.socket, patience: float, objection: Callable[[], Exception | None]) -> None:
+    objection: Callable[[], Exception | None] = staticmethod(lambda: None)  # why the request must not go on, if so
+
+    def __init__(self, sock: socket.socket, patience: float) -> None:
         super().__init__(sock, patience, ClientLeft, ClientLeft)
-        # Until Handler.finish(): itself, since it is a Wire, too; and what tells why the request must not go on, if so.
-        self.client, self.objection = self, objection
+        self.client = self  # until Handler.finish()
         self.upstream: Wire | None = None  # while a request is in flight
         self.wait: tuple[float, Wire, Failure] | None = None  # one attribute, so that all of it changes at once
         self.verdict: Exception | None = None  # why the watchman intervened
@@ -2261,7 +2262,8 @@ class Handler(socketserver.BaseRequestHandler):
     def __init__(self, gateway: Gateway, relay: Relay | None, request: Any, client_address: Any, server: Any) -> None:
         self.gateway, self.settings, self.relay = gateway, gateway.settings, relay
         # unread: whether the client may still be sending a request that has been answered
-        self.wire, self.unread = Client(request, self.settings.write_timeout, self._revoked), False
+        self.wire, self.unread = Client(request, self.settings.write_timeout), False
+        self.wire.objection = self._revoked
         self.peer = client_address[0].removeprefix("::ffff:")  # IPv4 through an IPv6 socket
         super().__init__(request, client_address, server)  # which calls handle()
 

@@ -1811,8 +1811,7 @@ def test_two_gateways_may_not_write_to_one_log(start: Callable[..., RunningGatew
 def test_a_device_without_end_is_no_log_to_be_read(start: Callable[..., RunningGateway]) -> None:
     assert start("--log", "/dev/null").ask().status == 200
     gate = start("--log", "/dev/full")
-    gate.ask()
-    assert gate.ask().status == 503
+    assert eventually(lambda: gate.ask().status == 503)
 
 
 @linux
