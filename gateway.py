@@ -2203,12 +2203,10 @@ class Exchange:
         """Send a part of a request.  A blocking write would not notice an upstream that answers instead of reading."""
         rest = memoryview(data)  # or each partial write would copy what is left
         try:
-            while rest := rest[self._upstream.send_now(rest) :]:
+            while not self._given_up and (rest := rest[self._upstream.send_now(rest) :]):
                 with self._client.until(self._upstream):
                     ready({self._upstream.descriptor: READ | WRITE}, seconds=None)
-                if self._hear() is not None and not self._upstream.ahead.startswith(b"HTTP/1.1 1"):
-                    self._given_up = True
-                    return
+                self._given_up = self._hear() is not None and not self._upstream.ahead.startswith(b"HTTP/1.1 1")
         except UpstreamError:
             self._given_up = True  # but an upstream that reads no more may have answered
 
