@@ -1899,10 +1899,11 @@ class Client(Wire):
             self.end()
 
     def end(self) -> None:
-        """End the connection as if the client had left, whatever its thread is doing.  The caller holds the lock."""
-        self.verdict = self.verdict or ClientLeft()
-        for wire in filter(None, (self, self.upstream)):
-            wire.shut_down(socket.SHUT_RDWR)
+        """End the connection as if the client had left, whatever its thread is doing."""
+        with self.lock:
+            self.verdict = self.verdict or ClientLeft()
+            for wire in filter(None, (self, self.upstream)):
+                wire.shut_down(socket.SHUT_RDWR)
 
     def linger(self) -> None:
         """Half-close, and let the client finish sending.
@@ -1941,12 +1942,6 @@ class Watchman:
         """Whether to report what clients can cause at will: at most once a minute."""
         before, self._minute = self._minute, time.monotonic() // 60 + 1
         return self._minute != before
-
-    def end_all(self) -> None:
-        """Break off all connections, so that what is in flight is logged."""
-        for client in self.clients.copy():
-            with client.lock:
-                client.end()
 
 
 # --- Relay ---
@@ -2167,13 +2162,11 @@ class Exchange:
 
     def _open(self, kept: Wire | None, opening: bytes) -> None:
         """Send the beginning of the request over a kept connection or a new one."""
-        client, self._kept, self._given_up = self._client, kept is not None, False
-        kept = kept or self._pool.connect()
-        self._upstream, kept.client = kept, client
-        with client.lock:
-            client.upstream = kept
-        if client.verdict:  # which came while its body was judged, or while we connected
-            raise client.reason(client)
+        self._kept, self._given_up = kept is not None, False
+        self._upstream = self._client.upstream = kept or self._pool.connect()
+        self._upstream.client = self._client
+        if self._client.verdict:  # which came while the body was judged, or while we connected
+            raise self._client.reason(self._client)
         self._push(opening)
 
     def _receive(self, *upstream: Wire) -> bytes:
@@ -2582,7 +2575,8 @@ class Server(_Listener):
             deadline = time.monotonic() + seconds
             while self.gateway.watchman.clients and time.monotonic() < deadline:
                 time.sleep(0.02)
-            self.gateway.watchman.end_all()
+            for client in self.gateway.watchman.clients.copy():
+                client.end()
 
 
 class StatusServer(_Listener):
