@@ -2248,13 +2248,10 @@ class Gateway(NamedTuple):
 class Handler(socketserver.BaseRequestHandler):
     """One client's connection: a request after the other, and a line in the log for each."""
 
-    key: Key | None = None  # of the request that is in flight
-
     def __init__(self, gateway: Gateway, relay: Relay | None, request: Any, client_address: Any, server: Any) -> None:
         self.gateway, self.settings, self.relay = gateway, gateway.settings, relay
         # unread: whether the client may still be sending a request that has been answered
         self.wire, self.unread = Client(request, self.settings.write_timeout), False
-        self.wire.objection = self._revoked
         self.peer = client_address[0].removeprefix("::ffff:")  # IPv4 through an IPv6 socket
         super().__init__(request, client_address, server)  # which calls handle()
 
@@ -2272,7 +2269,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Close the connection, whatever happened."""
         self.gateway.watchman.clients.discard(self.wire)
         self.wire.close()
-        del self.wire.client, self.wire.objection  # or only the garbage collector would free what OpenSSL holds
+        del self.wire.client  # or only the garbage collector would free what OpenSSL holds
 
     def _shake_hands(self) -> bool:
         """Set up TLS; False if that fails.  Clients that only connect, as health checks do, are not reported."""
@@ -2387,20 +2384,19 @@ class Handler(socketserver.BaseRequestHandler):
         counted = (key.rate or key.tokens or key.parallel) and request.method not in FREE
         if counted:
             limits.enter(key, today, time.monotonic_ns())
-        self.key = key
+        self.wire.objection = functools.partial(self._revoked, key)
         try:
             return self._forward(key, request)
         finally:
-            self.key = None
+            del self.wire.objection  # so that there is none again
             if counted:
                 limits.leave(key, today, self.record["charged"] or 0)
 
-    def _revoked(self) -> ClientError | None:
+    def _revoked(self, key: Key) -> ClientError | None:
         """For the watchman: the reason to end a request whose key was deleted, has expired or became a trap."""
-        key = self.key
-        now = key and self.gateway.keys.value.get(key.digest)
+        now = self.gateway.keys.value.get(key.digest)
         valid = now and not now.trap and datetime.now(timezone.utc).date() <= now.expires
-        return ClientError(403, "the key is no longer valid", "revoked") if key and not valid else None
+        return None if valid else ClientError(403, "the key is no longer valid", "revoked")
 
     def _forward(self, key: Key, request: Head) -> bool:
         """Send the request on and bring the answer; True if the connection can carry another request."""
