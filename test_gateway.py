@@ -4498,8 +4498,9 @@ def test_leaving_a_real_model_stops_it(llama: str, start: Callable[..., RunningG
         sock.sendall(request("/v1/chat/completions", body))
         for _ in range(5):
             assert sock.recv(65536)
+    left = time.monotonic()
     assert gate.log(1)[0]["status"] == 499
-    assert gate.log(1)[0]["duration_ms"] < 5000
+    assert time.monotonic() - left < 2.0  # 2000 tokens would take ten times as long
 
 
 # --- Operated ---
