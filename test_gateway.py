@@ -4727,11 +4727,13 @@ gateway.find_secrets = slowly
 
 @pytest.mark.parametrize(("told", "address"), [("::ffff:10.0.0.1", "10.0.0.1"), ("2001:db8:1:1::ffff:7", "2001:db8:1:1::ffff:7")])
 def test_an_ipv6_address_is_told_whole(told: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway.socketserver.BaseRequestHandler, "__init__", lambda *_: None)
-    shared: Any = gateway.Gateway(gateway.parse_arguments([]), *[None] * 5, print)  # type: ignore[arg-type]
+    monkeypatch.setattr("socketserver.BaseRequestHandler.__init__", lambda *_: None)
+    given: list[Any] = [gateway.parse_arguments([]), *[None] * 5, print]
+    shared = gateway.Gateway(*given)
     with socket.socket() as sock:
         assert gateway.Handler(shared, None, sock, (told, 1), None).peer == address
-    assert gateway.client_of({b"x-forwarded-for": b"1.2.3.4"}, "no address", gateway.parse_arguments(["--trusted-proxy", "::/0"]).trusted_proxy) == "no address"
+    trusted = gateway.parse_arguments(["--trusted-proxy", "::/0"]).trusted_proxy
+    assert gateway.client_of(gateway.Fields({b"x-forwarded-for": b"1.2.3.4"}), "no address", trusted) == "no address"
 
 
 def test_a_trap_tells_the_address_behind_a_trusted_proxy(start: Callable[..., RunningGateway]) -> None:
