@@ -1750,7 +1750,10 @@ class Metrics:
 NO_LINGER: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER, so that closing is a reset
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-HAS_GIL: Final = getattr(sys, "_is_gil_enabled", lambda: True)()  # else threads run at the same time
+# A thread that gives up the interpreter's lock for a system call, while others want it, sleeps until it gets it back.
+# So the connections' threads take turns: each keeps its turn from the bytes that woke it until it blocks again, which
+# halves the CPU of 1000 streams.  An interpreter without that lock needs neither turns nor a relay.
+TURN: Final = threading.Lock() if getattr(sys, "_is_gil_enabled", lambda: True)() else None
 
 
 class ClientLeft(Exception):
@@ -1797,7 +1800,7 @@ class Wire:
 
     def send(self, data: bytes) -> None:
         """Send all.  The peer is overdue if it takes no TLS record of it (16 KiB) for that long."""
-        sent = self.send_now(data)  # usually all of it
+        sent = self.send_now(data)  # usually all of it, and then the thread keeps its turn
         while sent < len(data):
             self.sock.setblocking(True)
             with self.client.until(self):
@@ -1870,10 +1873,14 @@ class Client(Wire):
         return self
 
     def __enter__(self) -> None:
-        """All has been noted by until()."""
+        """Let other threads take their turn while this one is blocked."""
+        if TURN:
+            TURN.release()
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """The call has returned.  Raises the watchman's verdict, if there is one, or the reason of an OSError."""
+        if TURN:
+            TURN.acquire()
         wait, self.wait = self.wait, None
         if wait and (self.verdict or isinstance(error, OSError)):
             raise self.reason(wait[1]) from error
@@ -1892,7 +1899,7 @@ class Client(Wire):
             # At first only reading ends, since a client that is too slow shall still get its 408.  That ends neither a
             # write nor a read during which records without data keep coming (TLS KeyUpdate), so if the call is still
             # blocked at the next look, both directions end.
-            how = socket.SHUT_RDWR if self.verdict and self.wait else socket.SHUT_RD
+            how = socket.SHUT_RDWR if self.verdict and deadline < sys.maxsize else socket.SHUT_RD
             self.verdict = self.verdict or objection or overdue()  # before the thread wakes and asks for it
             wire.shut_down(how)
         elif self.upstream and left and not self.verdict:
@@ -1975,8 +1982,9 @@ class Relay:
         try:
             while True:
                 found = self._poll.poll()
-                for descriptor, _ in found:
-                    self._move(descriptor)
+                with TURN or contextlib.nullcontext():
+                    for descriptor, _ in found:
+                        self._move(descriptor)
         finally:
             for _, returned in self._loans.values():  # or their threads would sleep for ever, and log nothing
                 returned.put(None)
@@ -2162,11 +2170,12 @@ class Exchange:
 
     def _open(self, kept: Wire | None, opening: bytes) -> None:
         """Send the beginning of the request over a kept connection or a new one."""
-        self._kept, self._given_up = kept is not None, False
-        self._upstream = self._client.upstream = kept or self._pool.connect()
-        self._upstream.client = self._client
-        if self._client.verdict:  # which came while the body was judged, or while we connected
-            raise self._client.reason(self._client)
+        client, self._kept, self._given_up = self._client, kept is not None, False
+        if not kept:
+            with client.until(client, sys.maxsize):  # connecting has a time-out of its own
+                kept = self._pool.connect()
+        self._upstream = client.upstream = kept
+        kept.client = client
         self._push(opening)
 
     def _receive(self, *upstream: Wire) -> bytes:
@@ -2370,7 +2379,8 @@ class Handler(socketserver.BaseRequestHandler):
         if key:
             self.record["key"], self.record["charged"] = key.name, 0 if key.tokens else None
         if flaw == "trap":
-            self.gateway.report(f"the trap key {self.record['key']} was used from {self.record['client']}")
+            with self.wire.until(self.wire, sys.maxsize):  # nobody waits while the terminal does not take the line
+                self.gateway.report(f"the trap key {self.record['key']} was used from {self.record['client']}")
         if flaw or not key:
             raise ClientError(403, "a valid API key is needed: X-Api-Key: KEY or Authorization: Bearer KEY", flaw)
         if not is_writable(self.gateway.log):
@@ -2430,8 +2440,9 @@ class Handler(socketserver.BaseRequestHandler):
             return
         record, known = self.record, self.gateway.keys.value
         content = exchange.read_whole(self.gateway.limits.hold)
-        # A large body takes so much memory when it is parsed that only one is parsed at a time.
-        with self.gateway.limits.large if len(content) > READ_SIZE else contextlib.nullcontext():
+        # This takes so long that others have a turn, and for a large body so much memory that no other has.
+        alone = self.gateway.limits.large if len(content) > READ_SIZE else contextlib.nullcontext()
+        with self.wire.until(self.wire, sys.maxsize), alone:
             value = parse_strictly(content, request) if key.models else prompt_of(content, scan)
             members = {name.casefold(): each for name, each in _object(value).items()}
             record["model"] = model_among(members, request.target)
@@ -2555,15 +2566,16 @@ class Server(_Listener):
 
     def __init__(self, gateway: Gateway, context: Watched[ssl.SSLContext], with_relay: bool = True) -> None:
         self.context, settings = context, gateway.settings
-        self.relay = Relay() if with_relay and HAS_GIL and hasattr(select, "epoll") else None
+        self.relay = Relay() if with_relay and TURN and hasattr(select, "epoll") else None
         handler = functools.partial(Handler, gateway, self.relay)
         super().__init__(gateway, settings.listen, "--listen", settings.max_connections, handler)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Have Handler handle the connection over TLS."""
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
-        request = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-        super().finish_request(request, client_address)
+        with TURN or contextlib.nullcontext():
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens would wait for 40 ms
+            request = self.context.value.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+            super().finish_request(request, client_address)
 
     def drain(self, grace: float) -> None:
         """Let running requests finish for `grace` seconds; then end them, so that they are logged."""

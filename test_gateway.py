@@ -349,7 +349,7 @@ def threads_of(gate: RunningGateway) -> int:
 
 
 WITHOUT_RELAY = "TEST_WITHOUT_RELAY" in os.environ  # all promises hold without it, too
-HAS_RELAY = hasattr(select, "epoll") and gateway.HAS_GIL and not WITHOUT_RELAY
+HAS_RELAY = hasattr(select, "epoll") and gateway.TURN is not None and not WITHOUT_RELAY
 IDLE_THREADS = 3 + HAS_RELAY  # one keeps house, one accepts, one is the watchman, maybe one is the relay
 
 
@@ -2889,7 +2889,7 @@ def test_costly_key_exchanges_are_not_to_be_had(start: Callable[..., RunningGate
 
 @linux
 @measures
-@pytest.mark.skipif(not gateway.HAS_GIL, reason="a free-threaded Python gives each thread a heap of its own, some 350 kB")
+@pytest.mark.skipif(gateway.TURN is None, reason="a free-threaded Python gives each thread a heap of its own, some 350 kB")
 def test_an_idle_connection_takes_little_memory(start: Callable[..., RunningGateway]) -> None:
     gate = start()
     gate.ask("/warm")
@@ -3590,7 +3590,7 @@ def test_limits_are_exact_about_time() -> None:
 
 @measures
 @linux
-@pytest.mark.skipif(not gateway.HAS_GIL, reason="a free-threaded Python gives each thread a heap of its own, which keeps what was freed")
+@pytest.mark.skipif(gateway.TURN is None, reason="a free-threaded Python gives each thread a heap of its own, which keeps what was freed")
 def test_large_bodies_are_judged_one_at_a_time_and_in_bounded_memory(start: Callable[..., RunningGateway]) -> None:
     gate = start(keys="key-two models=llama3.2\n")
 
