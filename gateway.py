@@ -385,7 +385,7 @@ def _parse_key(where: str, secret: str, *words: str) -> Key:
     hashed = secret.startswith("sha256:")
     with explained(f"{where}: the digest is not understood", "behind sha256: there must be 64 hexadecimal digits"):
         digest = read(r"(\w{64})", bytes.fromhex, secret[7:]) if hashed else hashlib.sha256(secret.encode()).digest()
-    if "ztg_" in secret[1:]:
+    if "ztg_" in " ".join((secret[1:], *words)):  # it would be a part of a name, too, which is logged
         raise OperatorError(f"{where}: a key begins in the middle of the line; a line break is missing before ztg_")
     weak = not hashed and "trap" not in options and (len(secret) < 16 or secret in WELL_KNOWN)  # it can be guessed
     return Key(digest, weak, **{"name": f"sha256:{digest.hex()[:8]}", **options})
@@ -1019,6 +1019,8 @@ def _once(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+# A member of a form, each of whose characters may be encoded.
+_MODEL_IN_FORM = re.compile(rb"(?i)[&;](m|%[46]d)(o|%[46]f)(d|%[46]4)(e|%[46]5)(l|%[46]c)=")
 _strict = json.JSONDecoder(object_pairs_hook=_once, parse_int=float, parse_constant=int)  # NaN is no JSON, and no int
 
 
@@ -1034,7 +1036,7 @@ def parse_strictly(body: bytes, request: Head) -> dict[str, Any]:
         value = None
     clear = isinstance(value, dict) and all(each in _NAMING or each.casefold() not in _NAMING for each in value)
     if b"form" in request.fields.get(b"content-type", b"").lower():  # as curl says of all; but some read it as a form
-        clear = clear and not re.search(rb"(?i)[&;][\s+]*model[\s+]*=", urllib.parse.unquote_to_bytes(body))
+        clear = clear and not _MODEL_IN_FORM.search(body)
     require(clear, 400, "this key's requests must be one JSON object, without repeated members", "guard")
     return _object(value)
 
@@ -1898,7 +1900,7 @@ class Client(Wire):
         if deadline < now or objection or (stopping and overdue is Silence):
             # At first only reading ends, since a client that is too slow shall still get its 408.  That ends neither a
             # write nor a read during which records without data keep coming (TLS KeyUpdate), so if the call is still
-            # blocked at the next look, both directions end.
+            # blocked at the next look, both directions end; a thread that has no deadline is not blocked, but computes.
             how = socket.SHUT_RDWR if self.verdict and deadline < sys.maxsize else socket.SHUT_RD
             self.verdict = self.verdict or objection or overdue()  # before the thread wakes and asks for it
             wire.shut_down(how)
@@ -1968,12 +1970,13 @@ class Relay:
         self._loans: dict[int, tuple[Callable[[], bool], SimpleQueue[Exception | None]]] = {}
 
     def carry(self, upstream: Wire, move: Callable[[], bool]) -> None:
-        """Have move() called whenever the upstream can be read, until it returns False or raises; block until then.
-
-        Raises OSError if the system has no more watches to give.
-        """
+        """Have move() called whenever the upstream can be read, until it returns False or raises; block until then."""
         _, returned = self._loans[upstream.descriptor] = move, SimpleQueue()
-        self._poll.register(upstream.descriptor, select.EPOLLIN)
+        try:
+            self._poll.register(upstream.descriptor, select.EPOLLIN)
+        except OSError:  # the system has no more watches to give, and the thread can do without
+            del self._loans[upstream.descriptor]
+            return
         if failure := returned.get():
             raise failure
 
@@ -2148,8 +2151,7 @@ class Exchange:
             self._client.send(self._unsent)
             self._unsent = b""
             if relay and chunked:  # which brings the answer, until that would need waiting for the client
-                # Only a lack of watches is an OSError here, and without one the thread does all of the work itself.
-                with self._client.until(self._upstream), contextlib.suppress(OSError):
+                with self._client.until(self._upstream):
                     _upstreams(relay.carry, self._upstream, self._move)
             if not self._unsent:
                 data = self._upstream.receive(may_end=answer.framing == UNTIL_CLOSE)
@@ -2328,7 +2330,7 @@ class Handler(socketserver.BaseRequestHandler):
             return key is not None and self._limited(key, request)
         except Refusal as refusal:
             self._refuse(refusal)
-        except ClientLeft:
+        except (ClientLeft, Silence):  # the latter, if the time for a request was over just when it came
             self.record["status"] = 499
             self.wire.close(reset=True)
         except Exception as error:  # a bug, or a lack of memory, costs one connection and is reported
@@ -2827,7 +2829,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):  # as in `usage | head`
             return 0
-        say(f"gateway: cannot go on: {error.strerror}")
+        say(f"gateway: cannot go on: {error.strerror}" if error.strerror else fault(error))
         return 1
     except Exception as error:  # caught whatever it is, because a traceback might show an API key
         say(f"gateway: {error}" if isinstance(error, OperatorError) else fault(error))
@@ -2867,8 +2869,8 @@ def report_usage(argv: Sequence[str]) -> Iterator[str]:
     settings, parser = parse_arguments([]), _Parser("gateway usage", allow_abbrev=False)
     parser.add_argument("files", metavar="FILE", nargs="*", default=[settings.log], help="audit logs, also .gz ones")
     parser.add_argument("--by", type=dimensions, default="day,key", help=f"group by {', '.join(DIMENSIONS)} [day,key]")
-    parser.add_argument("--since", type=day, default="0001-01-01", help="the first day, as YYYY-MM-DD (UTC)")
-    parser.add_argument("--until", type=day, default="9999-12-31", help="the last day, which is included")
+    parser.add_argument("--since", type=calendar_day, default="0001-01-01", help="the first day, as YYYY-MM-DD (UTC)")
+    parser.add_argument("--until", type=calendar_day, default="9999-12-31", help="the last day, which is included")
     forms = parser.add_mutually_exclusive_group()
     for form in ("json", "csv", "html"):
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form.upper()}")
@@ -2899,7 +2901,7 @@ def dimensions(text: str) -> list[str]:
     return sorted({*text.split(",")}, key=DIMENSIONS.index)
 
 
-def day(text: str) -> str:
+def calendar_day(text: str) -> str:
     """A day, as YYYY-MM-DD.  Raises ValueError."""
     return str(date.fromisoformat(text))
 

@@ -606,6 +606,17 @@ def test_a_client_that_leaves_on_the_last_word_has_had_its_answer(
     assert gate.log(1)[0]["status"] == status
 
 
+def test_a_request_that_comes_when_its_time_is_over_is_no_fault_of_ours(start: Callable[..., RunningGateway], tmp_path: Path) -> None:
+    late = """
+def late(self):
+    raise gateway.Silence
+gateway.Handler._read_request = late
+"""
+    gate = start(program=changed_gateway(tmp_path, late))
+    gate.ask()
+    assert gate.log(1)[0]["status"] == 499
+
+
 def test_two_commands_of_the_readme_show_it_all(start: Callable[..., RunningGateway]) -> None:
     """403, 200, a stream, and lines with tokens in the log: --demo is enough to see them."""
     demo = start("--demo", keys="demo-key\n")
@@ -921,6 +932,7 @@ BAD_KEY_FILES = {
     "a digest that is none": ("sha256:abc", 1),
     "the same key twice": (f"{KEY}\n\n{KEY} name=b", 3),
     "the same key hashed": (f"{KEY}\nsha256:{DIGEST}", 2),
+    "a key behind a name without a line break": (f"{KEY} name=aztg_{'x' * 43}  role=user", 1),
     "a key behind one without a line break": (f"{KEY}\nnonewlineztg_{'x' * 43}  role=user", 2),
 }
 
@@ -3477,7 +3489,7 @@ def test_a_glob_of_many_stars_takes_no_time() -> None:
 def test_a_form_that_names_another_model_is_refused(rules: RunningGateway, upstream: FakeUpstream) -> None:
     """LiteLLM reads a form where the content type says so; curl says so of all that it sends."""
     form = "Content-Type: application/x-www-form-urlencoded"
-    for body in (b'{"model":"llama3.2","a":"&model=evil&prompt=hi&"}', b'{"model":"llama3.2","a":"&mo%64el=evil"}'):
+    for body in (b'{"model":"llama3.2","a":"&model=evil&prompt=hi&"}', b'{"model":"llama3.2","a":"&mo%64e%6C=evil"}'):
         assert refused(rules, upstream, request("/v1/completions", body, form, key="key-two")) == (400, "guard")
     assert rules.ask("/api/chat", b'{"model":"llama3.2"}', form, key="key-two").status == 200
 
@@ -3975,7 +3987,8 @@ def test_an_empty_log_and_a_compressed_one_verify(chain: Callable[..., tuple[int
     whole = linked("a", "b", "c", "d")
     (tmp_path / "1.gz").write_bytes(gzip.compress(b"\n".join(whole[:2]) + b"\n"))
     (tmp_path / "2").write_bytes(b"\n".join(whole[2:]) + b"\n")
-    assert [*gateway.verify_log([str(tmp_path / "1.gz"), str(tmp_path / "2")], digest_of(whole[1]).upper().lower())]
+    assert [*gateway.verify_log([str(tmp_path / "1.gz"), str(tmp_path / "2")], digest_of(whole[1]))]
+    assert chain(whole, "--head", digest_of(whole[1]).upper())[0] == 0
     (tmp_path / "1.gz").write_bytes(gzip.compress(b"x" * 100)[:-9])
     with pytest.raises(gateway.OperatorError, match="cannot read"):
         [*gateway.verify_log([str(tmp_path / "1.gz")], None)]
