@@ -3489,7 +3489,8 @@ def test_a_glob_of_many_stars_takes_no_time() -> None:
 def test_a_form_that_names_another_model_is_refused(rules: RunningGateway, upstream: FakeUpstream) -> None:
     """LiteLLM reads a form where the content type says so; curl says so of all that it sends."""
     form = "Content-Type: application/x-www-form-urlencoded"
-    for body in (b'{"model":"llama3.2","a":"&model=evil&prompt=hi&"}', b'{"model":"llama3.2","a":"&mo%64e%6C=evil"}'):
+    for body in (b'{"model":"llama3.2","a":"&model=evil&prompt=hi&"}', b'{"model":"llama3.2","a":"&mo%64e%6C=evil"}',
+                 b'{"model":"llama3.2","a":"' + b"." * (gateway.PIECE - 30) + b'&model=evil"}'):  # across the end of a piece
         assert refused(rules, upstream, request("/v1/completions", body, form, key="key-two")) == (400, "guard")
     assert rules.ask("/api/chat", b'{"model":"llama3.2"}', form, key="key-two").status == 200
 
